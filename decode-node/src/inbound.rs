@@ -1,0 +1,361 @@
+//! KV on its way in: landing slots, their windows, and the messages that go with them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use tandem_kernels::{CpuKernels, Kernels, KvPages};
+use tandem_memory::{Extent, HostRegion};
+use tandem_node::{Clock, Cluster, Inbox, NodeEvent, SendError};
+use tandem_proto::handoff::{Receiver, ReceiverAction, ReceiverConfig};
+use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
+use tandem_proto::layout::KvShape;
+use tandem_proto::wire::{Expect, Handoff, Lease, LeaseToken, Message, RequestError, Sampled, Window};
+use tandem_transport::{Event, RegionId, Transport};
+
+/// What the node's loop has to know of.
+pub enum Arrival {
+    /// The router announced a request.
+    Expected(Box<Expect>, NodeId),
+    /// The router ended a request.
+    Cancelled(RequestId),
+    /// The router is gone, and with it everybody who waits for its requests.
+    RouterLost(NodeId),
+    /// The prompt's KV was offered: it needs pages.
+    Reserve(RequestId),
+    /// The prompt's KV is in the pages and verified.
+    Ready(RequestId, Vec<Sampled>),
+    /// The prompt's KV will not come.
+    Dropped(RequestId, Option<RequestError>),
+}
+
+/// Everything between the network and the pages. What concerns the page pool and the engine is left in
+/// `arrived` for the node's loop.
+pub struct Inbound {
+    pub clock: Clock,
+    cluster: Box<dyn Cluster>,
+    inbox: Inbox,
+    transport: Box<dyn Transport>,
+    kernels: CpuKernels,
+    receiver: Receiver,
+    shape: KvShape,
+    landing: Arc<HostRegion>,
+    landing_id: RegionId,
+    slot_bytes: usize,
+    windows: BTreeMap<LeaseToken, Window>,
+    /// The prompts that may land, and their pages once they have some.
+    prompts: BTreeMap<RequestId, Landing>,
+    router: Option<NodeId>,
+    /// Failures for which the router's queue had no room; at most one for each request the node accepts.
+    untold: VecDeque<Message>,
+    pub arrived: VecDeque<Arrival>,
+    /// The process was asked to finish.
+    pub draining: bool,
+    /// It must finish now.
+    pub stopped: bool,
+    events: Vec<Event>,
+}
+
+struct Landing {
+    tokens: u32,
+    pages: Vec<PageId>,
+}
+
+impl Inbound {
+    pub fn new(
+        clock: Clock,
+        cluster: Box<dyn Cluster>,
+        inbox: Inbox,
+        mut transport: Box<dyn Transport>,
+        shape: KvShape,
+        landing_bytes: usize,
+    ) -> anyhow::Result<Inbound> {
+        let slot_bytes = shape.packed_bytes(shape.chunk_tokens);
+        let slots = (landing_bytes / slot_bytes).clamp(2, tandem_proto::handoff::MAX_SLOTS as usize);
+        let landing = HostRegion::map(slots * slot_bytes)?;
+        let landing_id = transport.register(Arc::clone(&landing))?;
+        let config = ReceiverConfig {
+            slots: slots as u32,
+            ..ReceiverConfig::default()
+        };
+        Ok(Inbound {
+            clock,
+            cluster,
+            inbox,
+            transport,
+            kernels: CpuKernels,
+            receiver: Receiver::new(shape, config),
+            shape,
+            landing,
+            landing_id,
+            slot_bytes,
+            windows: BTreeMap::new(),
+            prompts: BTreeMap::new(),
+            router: None,
+            untold: VecDeque::new(),
+            arrived: VecDeque::new(),
+            draining: false,
+            stopped: false,
+            events: Vec::new(),
+        })
+    }
+
+    /// One turn: takes in what happened, and moves what has landed to the pages.
+    pub fn turn(&mut self, kv: &mut KvPages) {
+        // Completions before messages: what landed under a lease is counted before the message that ends it.
+        self.poll_transport();
+        while let Some(event) = self.inbox.try_next() {
+            self.on_event(event);
+            if self.stopped {
+                break;
+            }
+        }
+        self.receiver.tick(self.clock.now());
+        self.tell_untold();
+        self.act(kv);
+    }
+
+    /// Waits for something to happen, until the deadline.
+    pub fn wait(&self, until: Option<Time>) {
+        let longest = std::time::Duration::from_secs(1);
+        self.inbox
+            .wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
+    }
+
+    /// When a turn has something to do next if nothing happens.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.receiver.next_timeout()
+    }
+
+    /// The node has taken pages for the prompt: it may land.
+    pub fn reserved(&mut self, request: RequestId, pages: Vec<PageId>) {
+        if let Some(landing) = self.prompts.get_mut(&request) {
+            landing.pages = pages;
+            self.receiver.reserved(request);
+        }
+    }
+
+    /// Ends a handoff for a reason of this node's own, or because the router said so.
+    pub fn give_up(&mut self, request: RequestId, error: Option<RequestError>) {
+        self.receiver.give_up(self.clock.now(), request, error);
+    }
+
+    /// Handoffs that are not over.
+    pub fn open_handoffs(&self) -> usize {
+        self.receiver.open_requests()
+    }
+
+    /// Windows that are open.
+    pub fn open_windows(&self) -> usize {
+        self.windows.len()
+    }
+
+    /// Slots, and how many of them are free.
+    pub fn slots(&self) -> (usize, usize) {
+        (self.receiver.slots(), self.receiver.free_slots())
+    }
+
+    /// Tells the router; false when its queue is full and the message must be sent again later.
+    #[must_use]
+    pub fn try_tell_router(&mut self, message: &Message) -> bool {
+        let Some(router) = self.router else { return true };
+        match self.cluster.send(router, message) {
+            Err(SendError::Backlogged) => false,
+            Ok(()) | Err(SendError::NotConnected) => true,
+            Err(error) => {
+                tracing::warn!(%router, %error, "cannot tell the router; closing its connection");
+                self.cluster.close(router);
+                true
+            }
+        }
+    }
+
+    /// Tells the router that a request failed, now or as soon as its queue has room.
+    pub fn tell_failed(&mut self, request: RequestId, error: RequestError) {
+        self.untold.push_back(Message::Failed { request, error });
+        self.tell_untold();
+    }
+
+    /// Whether messages wait for room in the router's queue.
+    pub fn has_untold(&self) -> bool {
+        !self.untold.is_empty()
+    }
+
+    fn tell_untold(&mut self) {
+        while let Some(message) = self.untold.pop_front() {
+            if !self.try_tell_router(&message) {
+                self.untold.push_front(message);
+                return;
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: NodeEvent) {
+        match event {
+            NodeEvent::RouterUp { router } => {
+                self.router = Some(router);
+                if self.draining {
+                    self.untold.push_back(Message::Draining);
+                }
+            }
+            NodeEvent::Down { peer, reason } if self.router == Some(peer) => {
+                tracing::warn!(router = %peer, reason, "the router is gone; giving up its requests");
+                self.router = None;
+                self.untold.clear();
+                self.arrived.push_back(Arrival::RouterLost(peer));
+            }
+            NodeEvent::Down { peer, reason } => self.peer_lost(peer, &reason),
+            NodeEvent::Message { from, message } => self.on_message(from, message),
+            // A decode node dials nobody but the router.
+            NodeEvent::Up { .. } | NodeEvent::DialFailed { .. } => {}
+            NodeEvent::Drain => {
+                self.draining = true;
+                self.untold.push_back(Message::Draining);
+            }
+            NodeEvent::Stop => self.stopped = true,
+        }
+    }
+
+    fn on_message(&mut self, from: NodeId, message: Message) {
+        let now = self.clock.now();
+        match message {
+            Message::Expect(expect) => self.arrived.push_back(Arrival::Expected(Box::new(expect), from)),
+            Message::Cancel { request } => self.arrived.push_back(Arrival::Cancelled(request)),
+            Message::Handoff(handoff) => self.receiver.message(now, from, handoff),
+            other => {
+                tracing::warn!(peer = %from, message = ?std::mem::discriminant(&other), "not a message for a decode node")
+            }
+        }
+    }
+
+    /// The node accepted the request: its KV may be offered.
+    pub fn expect(&mut self, expect: &Expect, deadline: Time) {
+        let tokens = expect.prompt.len() as u32;
+        self.prompts.insert(
+            expect.request,
+            Landing {
+                tokens,
+                pages: Vec::new(),
+            },
+        );
+        self.receiver
+            .expect(self.clock.now(), expect.request, expect.prefill, tokens, deadline);
+    }
+
+    fn peer_lost(&mut self, peer: NodeId, why: &str) {
+        tracing::warn!(prefill = %peer, why, "link to prefill node lost");
+        self.receiver.peer_lost(self.clock.now(), peer, why);
+    }
+
+    fn poll_transport(&mut self) {
+        let mut events = std::mem::take(&mut self.events);
+        self.transport.poll(&mut events);
+        for event in events.drain(..) {
+            match event {
+                Event::Landed { peer, immediate, .. } => self.receiver.landed(peer, immediate),
+                Event::Severed { peer, reason } => {
+                    self.receiver
+                        .peer_lost(self.clock.now(), peer, &reason.to_string());
+                    self.receiver.severed(peer);
+                }
+                // A decode node writes nothing.
+                Event::Connected { .. } | Event::Sent { .. } | Event::Failed { .. } => {}
+            }
+        }
+        self.events = events;
+    }
+
+    fn act(&mut self, kv: &mut KvPages) {
+        while let Some(action) = self.receiver.poll_action() {
+            match action {
+                ReceiverAction::Reserve { request } => self.arrived.push_back(Arrival::Reserve(request)),
+                ReceiverAction::Grant { to, request, leases } => self.grant(to, request, &leases),
+                ReceiverAction::Scatter { token, chunk, layer } => self.scatter(token, chunk, layer, kv),
+                ReceiverAction::Close { token } => {
+                    if let Some(window) = self.windows.remove(&token) {
+                        self.transport.close_window(window);
+                    }
+                }
+                ReceiverAction::Send { to, message } => self.tell(to, message),
+                ReceiverAction::Ready { request, first } => {
+                    self.prompts.remove(&request);
+                    self.arrived.push_back(Arrival::Ready(request, first));
+                }
+                ReceiverAction::Drop { request, error } => {
+                    self.prompts.remove(&request);
+                    self.arrived.push_back(Arrival::Dropped(request, error));
+                }
+                ReceiverAction::Sever { peer } => self.transport.sever(peer),
+            }
+        }
+    }
+
+    fn grant(&mut self, to: NodeId, request: RequestId, granted: &[(ChunkIdx, LeaseToken)]) {
+        let Some(tokens) = self.prompts.get(&request).map(|landing| landing.tokens) else {
+            return;
+        };
+        let mut leases = Vec::with_capacity(granted.len());
+        for (chunk, token) in granted {
+            let start = token.slot.0 as usize * self.slot_bytes;
+            let len = self
+                .shape
+                .packed_bytes(self.shape.chunk_span(*chunk, tokens).len() as u32);
+            match self
+                .transport
+                .open_window(to, self.landing_id, start..start + len)
+            {
+                Ok(window) => {
+                    self.windows.insert(*token, window);
+                    leases.push(Lease {
+                        chunk: *chunk,
+                        token: *token,
+                        window,
+                    });
+                }
+                Err(error) => {
+                    self.give_up(request, Some(RequestError::Internal(error.to_string())));
+                    return;
+                }
+            }
+        }
+        self.tell(to, Handoff::Grant { request, leases });
+    }
+
+    fn scatter(&mut self, token: LeaseToken, chunk: ChunkIdx, layer: LayerIdx, kv: &mut KvPages) {
+        let Some(landing) = self.prompts.get(&token.request) else {
+            return;
+        };
+        let tokens = self.shape.chunk_span(chunk, landing.tokens).len() as u32;
+        let start = token.slot.0 as usize * self.slot_bytes;
+        let layer_range = self.shape.packed_layer(layer, tokens);
+        let extent = self
+            .landing
+            .extent(start + layer_range.start..start + layer_range.end)
+            .expect("slots lie inside the landing region");
+        let pages = &landing.pages[self.shape.chunk_pages(chunk, landing.tokens)];
+        let result = self.kernels.scatter(kv, layer, pages, tokens, landed(&extent));
+        let now = self.clock.now();
+        match result {
+            Ok(digest) => self.receiver.scattered(now, token, layer, digest),
+            Err(error) => self.receiver.give_up(
+                now,
+                token.request,
+                Some(RequestError::Internal(error.to_string())),
+            ),
+        }
+    }
+
+    fn tell(&mut self, to: NodeId, handoff: Handoff) {
+        if let Err(error) = self.cluster.send(to, &Message::Handoff(handoff)) {
+            // What was lost may be what the peer waits for: end the connection, so that both sides know.
+            tracing::warn!(prefill = %to, %error, "cannot tell the prefill node; closing its connection");
+            self.cluster.close(to);
+        }
+    }
+}
+
+/// The bytes of a layer that has landed.
+#[allow(unsafe_code)]
+fn landed(extent: &Extent) -> &[u8] {
+    // SAFETY: the write has landed, and under one lease each layer is written once: the sender counts its
+    // pushes, and the slot gets no other lease before this one is over.
+    unsafe { extent.bytes() }
+}

@@ -1,0 +1,118 @@
+//! How fast the engine is on this machine: prefill and decode in tokens a second, and the arithmetic rate
+//! beside what the cores can do at most.
+//!
+//! `cargo run --release -p tandem-engine --example speed -- MODEL_DIR [THREADS [ISA]]`
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tandem_engine::{CpuEngine, Engine, Isa, LoadOptions, Sequence};
+use tandem_kernels::KvPages;
+use tandem_kernels::cpu::Cpu;
+use tandem_proto::ids::{PageId, TokenId};
+
+/// Tokens of each sequence before decoding.
+const CONTEXT: u32 = 512;
+/// Each figure is the median of runs within so much time.
+const TIME: Duration = Duration::from_secs(3);
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let mut arguments = std::env::args().skip(1);
+    let dir = PathBuf::from(arguments.next().ok_or("usage: speed MODEL_DIR [THREADS [ISA]]")?);
+    let mut options = LoadOptions::default();
+    if let Some(threads) = arguments.next() {
+        options.threads = threads.parse()?;
+    }
+    if let Some(isa) = arguments.next() {
+        options.isa = Isa::named(&isa)?;
+    }
+    let mut engine = CpuEngine::load(&dir, options)?;
+    let peak = Cpu::with_isa(options.isa, options.threads).peak_gflops(TIME / 6);
+    println!("{} on {} threads, {}: peak {peak:.0} GFLOP/s", engine.info().name, options.threads, options.isa);
+
+    let mut bench = Bench::new(&engine)?;
+    for tokens in [512, 2000] {
+        let seconds = bench.prefill(&mut engine, tokens);
+        // Two operations for each weight of the layers, as any engine counts them, whatever is left out.
+        let gflops = 2.0 * engine.info().layer_parameters as f64 * f64::from(tokens) / seconds / 1e9;
+        println!(
+            "prefill {tokens:>5}: {:>8.0} tokens/s, {:>7.1} ms, {gflops:.0} GFLOP/s in products ({:.0}% of peak)",
+            f64::from(tokens) / seconds,
+            seconds * 1e3,
+            gflops / peak * 100.0,
+        );
+    }
+    let mut alone = 0.0;
+    for streams in [1, 2, 4, 8, 16] {
+        let seconds = bench.decode(&mut engine, streams);
+        let rate = f64::from(streams) / seconds;
+        if streams == 1 {
+            alone = rate;
+        }
+        println!(
+            "decode {streams:>2} streams at {CONTEXT}: {rate:>7.0} tokens/s, {:.2} ms a step, {:.2} of one stream",
+            seconds * 1e3,
+            rate / alone
+        );
+    }
+    Ok(())
+}
+
+struct Bench {
+    kv: KvPages,
+    table: Vec<PageId>,
+    vocab_size: u32,
+}
+
+impl Bench {
+    fn new(engine: &CpuEngine) -> Result<Bench, Box<dyn std::error::Error>> {
+        let info = engine.info();
+        let pages = info.kv.pages(16 * (CONTEXT + 512)).max(info.kv.pages(2000));
+        let table = (0..pages).rev().map(PageId).collect();
+        Ok(Bench { kv: KvPages::new(info.kv, pages)?, table, vocab_size: info.vocab_size })
+    }
+
+    fn tokens(&self, count: u32) -> Vec<TokenId> {
+        (0..count).map(|i| TokenId((i * 7 + i * i % 101) % self.vocab_size)).collect()
+    }
+
+    /// Seconds of a prompt in one step.
+    fn prefill(&mut self, engine: &mut CpuEngine, count: u32) -> f64 {
+        let tokens = self.tokens(count);
+        median(|| {
+            let sequence = Sequence { tokens: &tokens, start: 0, pages: &self.table, logits: true };
+            engine.step(&[sequence], &mut self.kv, &mut |_, _| ()).expect("a step");
+        })
+    }
+
+    /// Seconds of a step that decodes one token of each of `streams` sequences.
+    fn decode(&mut self, engine: &mut CpuEngine, streams: u32) -> f64 {
+        let tokens = self.tokens(CONTEXT);
+        let each = self.table.len() / 16;
+        let tables: Vec<&[PageId]> = self.table.chunks(each).take(streams as usize).collect();
+        for table in &tables {
+            let sequence = Sequence { tokens: &tokens, start: 0, pages: table, logits: false };
+            engine.step(&[sequence], &mut self.kv, &mut |_, _| ()).expect("a step");
+        }
+        median(|| {
+            let batch: Vec<Sequence<'_>> = tables
+                .iter()
+                .map(|pages| Sequence { tokens: &tokens[..1], start: CONTEXT, pages, logits: true })
+                .collect();
+            engine.step(&batch, &mut self.kv, &mut |_, _| ()).expect("a step");
+        })
+    }
+}
+
+/// Seconds of the median run.
+fn median(mut run: impl FnMut()) -> f64 {
+    run();
+    let begun = Instant::now();
+    let mut times = Vec::new();
+    while begun.elapsed() < TIME {
+        let start = Instant::now();
+        run();
+        times.push(start.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}

@@ -1,0 +1,285 @@
+//! The engine that runs everywhere: the model over the CPU's kernels.
+
+use crate::backend::{Backend, Epilogue, HeadNorms, Heads, Span, Weight};
+use crate::config::Config;
+use crate::fingerprint::fingerprint;
+use crate::model::{Model, Step};
+use crate::weights::{Tensor, Weights};
+use crate::{Engine, EngineError, Isa, LoadError, Logits, MAX_STEP_TOKENS, ModelInfo, Sequence};
+use std::path::Path;
+use tandem_kernels::KvPages;
+use tandem_kernels::cpu::{self, Cpu, Matrix, MatrixPart, RopeTable, Rows, read_f32};
+use tandem_proto::ids::{LayerIdx, PageId, TokenId};
+use tandem_proto::layout::{KvDtype, KvShape};
+
+/// How a model is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// How keys and values are stored. Single precision by default, as the reference implementations on the
+    /// CPU do; half as much memory and traffic otherwise, at the price of rounding.
+    pub kv_dtype: KvDtype,
+    /// Tokens of a page. Sixteen by default: little is wasted at a sequence's end, and a page's rows of one
+    /// head are still some kilobytes in a row.
+    pub page_tokens: u32,
+    /// Tokens of a chunk, the unit of handoff and reuse. 256 by default.
+    pub chunk_tokens: u32,
+    /// Threads that compute; all cores by default.
+    pub threads: usize,
+    /// The instruction set; the best one by default.
+    pub isa: Isa,
+}
+
+impl Default for LoadOptions {
+    fn default() -> LoadOptions {
+        LoadOptions {
+            kv_dtype: KvDtype::F32,
+            page_tokens: 16,
+            chunk_tokens: 256,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            isa: Isa::detect(),
+        }
+    }
+}
+
+/// A model on the CPU.
+pub struct CpuEngine {
+    backend: CpuBackend,
+    model: Model<CpuBackend>,
+    info: ModelInfo,
+}
+
+impl CpuEngine {
+    /// Loads the model in folder `dir`.
+    ///
+    /// # Errors
+    /// When the folder cannot be read, or holds a model that cannot be run: the error says which field or
+    /// tensor is the reason.
+    pub fn load(dir: &Path, options: LoadOptions) -> Result<CpuEngine, LoadError> {
+        let begun = std::time::Instant::now();
+        let (config, generation) = Config::read(dir)?;
+        let kv = KvShape {
+            layers: config.layers as u32,
+            kv_heads: config.kv_heads as u32,
+            head_dim: config.head_dim as u32,
+            page_tokens: options.page_tokens,
+            chunk_tokens: options.chunk_tokens,
+            dtype: options.kv_dtype,
+        };
+        kv.validate().map_err(|e| LoadError::field("KV shape", format_args!("{kv:?}"), e))?;
+        let weights = Weights::open(dir)?;
+        let mut backend = CpuBackend { cpu: Cpu::with_isa(options.isa, options.threads) };
+        let model = Model::load(&mut backend, &config, &weights)?;
+        weights.refuse_unused(&config.architecture)?;
+        let name = dir.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        let info = ModelInfo {
+            name: name.unwrap_or_else(|| "model".to_owned()),
+            vocab_size: config.vocab_size as u32,
+            max_positions: config.max_positions,
+            kv,
+            fingerprint: fingerprint(&config, &weights, options.kv_dtype),
+            eos: generation.eos,
+            bos: generation.bos,
+            defaults: generation.defaults,
+            parameters: weights.count(|_| true),
+            layer_parameters: weights.count(|name| name.starts_with("model.layers.")),
+            architecture: config.architecture,
+        };
+        tracing::info!(
+            model = info.name,
+            architecture = info.architecture,
+            parameters = info.parameters,
+            fingerprint = %info.fingerprint,
+            isa = %options.isa,
+            threads = backend.cpu.team().threads(),
+            ms = begun.elapsed().as_millis() as u64,
+            "model loaded"
+        );
+        Ok(CpuEngine { backend, model, info })
+    }
+
+    fn check(&self, batch: &[Sequence<'_>], kv: &KvPages) -> Result<(), EngineError> {
+        let ModelInfo { vocab_size, max_positions, kv: shape, .. } = self.info;
+        if *kv.shape() != shape {
+            return Err(EngineError::WrongPages);
+        }
+        let tokens = batch.iter().map(|s| s.tokens.len()).sum();
+        if tokens > MAX_STEP_TOKENS {
+            return Err(EngineError::StepTooLarge { tokens });
+        }
+        let mut written: Vec<PageId> = Vec::new();
+        for (sequence, s) in batch.iter().enumerate() {
+            if s.tokens.is_empty() {
+                return Err(EngineError::NoTokens { sequence });
+            }
+            if let Some(token) = s.tokens.iter().find(|t| t.0 >= vocab_size) {
+                return Err(EngineError::NoSuchToken { sequence, token: *token, vocab_size });
+            }
+            let end = u64::from(s.start) + s.tokens.len() as u64;
+            if end > u64::from(max_positions) {
+                return Err(EngineError::TooLong { sequence, end, max_positions });
+            }
+            let end = end as u32;
+            let needed = shape.pages(end);
+            let Some(pages) = s.pages.get(..needed as usize) else {
+                return Err(EngineError::PageTable { sequence, pages: s.pages.len(), needed, end });
+            };
+            if let Some(page) = pages.iter().find(|p| p.0 >= kv.pages()) {
+                return Err(EngineError::NoSuchPage { sequence, page: *page, pages: kv.pages() });
+            }
+            written.extend_from_slice(&pages[(s.start / shape.page_tokens) as usize..]);
+        }
+        written.sort_unstable();
+        match written.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(EngineError::PageShared { page: pair[0] }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Engine for CpuEngine {
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn step(
+        &mut self,
+        batch: &[Sequence<'_>],
+        kv: &mut KvPages,
+        layer_done: &mut dyn FnMut(LayerIdx, &KvPages),
+    ) -> Result<Logits, EngineError> {
+        self.check(batch, kv)?;
+        let mut tokens = Vec::new();
+        let mut spans = Vec::with_capacity(batch.len());
+        let mut wanted = Vec::new();
+        for (index, s) in batch.iter().enumerate() {
+            spans.push(Span { row: tokens.len(), tokens: s.tokens.len(), start: s.start, pages: s.pages });
+            tokens.extend_from_slice(s.tokens);
+            if s.logits {
+                wanted.push(index);
+            }
+        }
+        let step = Step { tokens: &tokens, spans: &spans, wanted: &wanted };
+        let data = match batch {
+            [] => Vec::new(),
+            _ => self.model.step(&mut self.backend, &step, kv, layer_done),
+        };
+        Ok(Logits { data, vocab_size: self.info.vocab_size as usize })
+    }
+}
+
+struct CpuBackend {
+    cpu: Cpu,
+}
+
+/// An embedding table, as it is stored.
+struct Table {
+    data: Vec<u8>,
+    dtype: cpu::Dtype,
+    width: usize,
+}
+
+fn part(weight: Weight<'_>) -> MatrixPart<'_> {
+    MatrixPart {
+        data: weight.matrix.data,
+        dtype: weight.matrix.dtype,
+        outputs: weight.matrix.rows,
+        bias: weight.bias.map(|bias| (bias.data, bias.dtype)),
+    }
+}
+
+impl Backend for CpuBackend {
+    type Matrix = Matrix;
+    type Vector = Vec<f32>;
+    type Table = Table;
+    type Rope = RopeTable;
+    type Rows = Rows;
+    type Pages = KvPages;
+
+    fn matrix(&mut self, parts: &[Weight<'_>], inputs: usize) -> Matrix {
+        let parts: Vec<MatrixPart<'_>> = parts.iter().copied().map(part).collect();
+        Matrix::pack(&self.cpu, &parts, inputs)
+    }
+
+    fn gated_matrix(&mut self, gate: Weight<'_>, up: Weight<'_>, inputs: usize) -> Matrix {
+        Matrix::pack_gated(&self.cpu, part(gate), part(up), inputs)
+    }
+
+    fn vector(&mut self, tensor: Tensor<'_>) -> Vec<f32> {
+        (0..tensor.rows).map(|i| read_f32(tensor.dtype, tensor.data, i)).collect()
+    }
+
+    fn table(&mut self, tensor: Tensor<'_>, width: usize) -> Table {
+        Table { data: tensor.data.to_vec(), dtype: tensor.dtype, width }
+    }
+
+    fn rope(&mut self, frequencies: Vec<f32>, scale: f32) -> RopeTable {
+        RopeTable::new(frequencies, scale)
+    }
+
+    fn embed(&mut self, table: &Table, tokens: &[TokenId], out: &mut Rows) {
+        out.reshape(tokens.len(), table.width);
+        for (token, row) in tokens.iter().zip(out.data_mut().chunks_exact_mut(table.width)) {
+            let bytes = table.width * table.dtype.size_bytes();
+            let stored = &table.data[token.0 as usize * bytes..][..bytes];
+            row.iter_mut().enumerate().for_each(|(i, x)| *x = read_f32(table.dtype, stored, i));
+        }
+    }
+
+    fn embed_tied(&mut self, output: &Matrix, tokens: &[TokenId], out: &mut Rows) {
+        out.reshape(tokens.len(), output.inputs());
+        for (token, row) in tokens.iter().zip(out.data_mut().chunks_exact_mut(output.inputs())) {
+            output.unpack_row(token.0 as usize, row);
+        }
+    }
+
+    fn rms_norm(&mut self, x: &Rows, weight: &Vec<f32>, eps: f32, out: &mut Rows) {
+        cpu::rms_norm(&self.cpu, x, weight, eps, out);
+    }
+
+    fn linear(&mut self, x: &Rows, weight: &Matrix, epilogue: Epilogue, out: &mut Rows) {
+        cpu::linear(&self.cpu, x, weight, epilogue, out);
+    }
+
+    fn turn_and_store(
+        &mut self,
+        heads: &Heads,
+        rope: &mut RopeTable,
+        norms: Option<HeadNorms<'_, Vec<f32>>>,
+        layer: LayerIdx,
+        spans: &[Span<'_>],
+        qkv: &mut Rows,
+        pages: &mut KvPages,
+    ) {
+        let mut positions = Vec::with_capacity(qkv.rows());
+        for span in spans {
+            rope.extend_to(span.start as usize + span.tokens);
+            positions.extend((0..span.tokens as u32).map(|i| span.start + i));
+        }
+        let norms = norms.map(|n| (n.query.as_slice(), n.key.as_slice(), n.eps));
+        cpu::rotate(&self.cpu, heads, rope, norms, &positions, qkv);
+        cpu::store_kv(&self.cpu, heads, layer, qkv, spans, pages);
+    }
+
+    fn attention(
+        &mut self,
+        heads: &Heads,
+        layer: LayerIdx,
+        spans: &[Span<'_>],
+        qkv: &Rows,
+        pages: &KvPages,
+        out: &mut Rows,
+    ) {
+        cpu::attention(&self.cpu, heads, layer, qkv, spans, pages, out);
+    }
+
+    fn select(&mut self, x: &Rows, rows: &[usize], out: &mut Rows) {
+        out.reshape(rows.len(), x.width());
+        for (row, to) in rows.iter().zip(out.data_mut().chunks_exact_mut(x.width())) {
+            to.copy_from_slice(x.row(*row));
+        }
+    }
+
+    fn read(&mut self, x: &Rows) -> Vec<f32> {
+        x.data().to_vec()
+    }
+}

@@ -1,0 +1,164 @@
+//! Tensors of safetensors files, one or sharded.
+
+use crate::load::{LoadError, read_json};
+use crate::mapping::map;
+use memmap2::Mmap;
+use safetensors::{Dtype as Stored, SafeTensors};
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
+use tandem_kernels::cpu::Dtype;
+
+/// The most files that an index may name.
+const MAX_SHARDS: usize = 4096;
+/// Bytes of the length that begins every file.
+const LENGTH_BYTES: usize = 8;
+
+/// A tensor as it lies in a file.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensor<'a> {
+    /// The numbers, little endian.
+    pub data: &'a [u8],
+    /// How they are stored.
+    pub dtype: Dtype,
+    /// Its first dimension.
+    pub rows: usize,
+}
+
+/// All tensors of a model.
+pub(crate) struct Weights {
+    files: Vec<Mmap>,
+    tensors: BTreeMap<String, Place>,
+    /// Names that were asked for.
+    used: RefCell<BTreeSet<String>>,
+}
+
+struct Place {
+    file: usize,
+    range: Range<usize>,
+    dtype: Stored,
+    shape: Vec<usize>,
+}
+
+impl Weights {
+    /// Opens the weights in `dir`.
+    pub(crate) fn open(dir: &Path) -> Result<Weights, LoadError> {
+        let mut weights = Weights { files: Vec::new(), tensors: BTreeMap::new(), used: RefCell::default() };
+        for path in shards(dir)? {
+            weights.add(&path)?;
+        }
+        Ok(weights)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), LoadError> {
+        let data = map(path).map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
+        let (header, metadata) = SafeTensors::read_metadata(&data).map_err(|e| LoadError::malformed(path, e))?;
+        for (name, info) in metadata.tensors() {
+            let (start, end) = info.data_offsets;
+            let offset = header + LENGTH_BYTES;
+            let range = start.saturating_add(offset)..end.saturating_add(offset);
+            if data.get(range.clone()).is_none() {
+                return Err(LoadError::malformed(path, format_args!("tensor {name} lies outside the file")));
+            }
+            let place =
+                Place { file: self.files.len(), range, dtype: info.dtype, shape: info.shape.clone() };
+            if self.tensors.insert(name.clone(), place).is_some() {
+                return Err(LoadError::malformed(path, format_args!("tensor {name} is in another file too")));
+            }
+        }
+        self.files.push(data);
+        Ok(())
+    }
+
+    /// The tensor called `name`, which must have `shape`.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
+        let place = self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor { name: name.to_owned() })?;
+        let dtype = match place.dtype {
+            Stored::F32 => Dtype::F32,
+            Stored::F16 => Dtype::F16,
+            Stored::BF16 => Dtype::Bf16,
+            other => {
+                return Err(LoadError::TensorDtype { name: name.to_owned(), dtype: format!("{other:?}") });
+            }
+        };
+        let data = &self.files[place.file][place.range.clone()];
+        let bytes = shape.iter().try_fold(dtype.size_bytes(), |product, d| product.checked_mul(*d));
+        if place.shape != shape || bytes != Some(data.len()) {
+            return Err(LoadError::TensorShape {
+                name: name.to_owned(),
+                found: place.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        self.used.borrow_mut().insert(name.to_owned());
+        Ok(Tensor { data, dtype, rows: shape.first().copied().unwrap_or(1) })
+    }
+
+    /// Refuses tensors that nobody asked for, besides those known to do nothing.
+    pub(crate) fn refuse_unused(&self, architecture: &str) -> Result<(), LoadError> {
+        let used = self.used.borrow();
+        let harmless = |name: &str| name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight";
+        match self.tensors.keys().find(|name| !used.contains(*name) && !harmless(name)) {
+            Some(name) => {
+                Err(LoadError::UnknownTensor { name: name.clone(), architecture: architecture.to_owned() })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Numbers of the tensors that were asked for and whose name is `wanted`.
+    pub(crate) fn count(&self, wanted: impl Fn(&str) -> bool) -> u64 {
+        let used = self.used().filter(|(name, ..)| wanted(name));
+        used.map(|(_, _, shape, _)| shape.iter().product::<usize>() as u64).sum()
+    }
+
+    /// Every tensor that was asked for, by name: name, how it is stored, shape, bytes.
+    pub(crate) fn used(&self) -> impl Iterator<Item = (&str, Stored, &[usize], &[u8])> {
+        let used = self.used.borrow().clone();
+        self.tensors.iter().filter(move |(name, _)| used.contains(*name)).map(|(name, place)| {
+            let data = &self.files[place.file][place.range.clone()];
+            (name.as_str(), place.dtype, place.shape.as_slice(), data)
+        })
+    }
+}
+
+/// The files that hold the weights.
+fn shards(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let single = dir.join("model.safetensors");
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let index = dir.join("model.safetensors.index.json");
+    if !index.is_file() {
+        return Err(LoadError::NoWeights { path: dir.to_owned() });
+    }
+    let json = read_json(&index)?;
+    let Some(names) = json.get("weight_map").and_then(|map| map.as_object()) else {
+        return Err(LoadError::malformed(&index, "weight_map is not an object"));
+    };
+    let mut files = BTreeSet::new();
+    for (tensor, file) in names {
+        let Some(file) = file.as_str().filter(|name| is_plain(name)) else {
+            return Err(LoadError::malformed(
+                &index,
+                format_args!("tensor {tensor} is said to be in {file}, which is not a file name ending in .safetensors"),
+            ));
+        };
+        files.insert(file.to_owned());
+        if files.len() > MAX_SHARDS {
+            return Err(LoadError::malformed(&index, format_args!("more than {MAX_SHARDS} files")));
+        }
+    }
+    Ok(files.into_iter().map(|file| dir.join(file)).collect())
+}
+
+/// Whether `name` is a file of the folder itself. Indices come from outside and must not lead out of it.
+fn is_plain(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    let first = components.next();
+    name.ends_with(".safetensors")
+        && !name.contains(['\\', '\0'])
+        && components.next().is_none()
+        && matches!(first, Some(Component::Normal(only)) if only == name)
+}

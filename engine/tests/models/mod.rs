@@ -1,0 +1,64 @@
+//! The models that tests run.
+#![allow(dead_code)] // Each test binary uses a part.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use tandem_engine::{CpuEngine, Engine, LoadOptions, Sequence};
+use tandem_kernels::KvPages;
+use tandem_proto::ids::{PageId, TokenId};
+
+/// The folder of model `name`: in the repository, in `TANDEM_MODELS_DIR`, or in `shared/models` beside the
+/// repository. None, with a note, where it is nowhere.
+pub fn find(name: &str) -> Option<PathBuf> {
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let named = std::env::var_os("TANDEM_MODELS_DIR").map(PathBuf::from);
+    let places = [Some(repository.join("models")), named, Some(repository.join("../shared/models"))];
+    let found = places.into_iter().flatten().map(|place| place.join(name)).find(|dir| dir.join("config.json").is_file());
+    if found.is_none() {
+        eprintln!("skipped: model {name} is not here; name its parent folder in TANDEM_MODELS_DIR");
+    }
+    found
+}
+
+pub fn load(dir: &Path) -> CpuEngine {
+    load_with(dir, LoadOptions { threads: 2, ..LoadOptions::default() })
+}
+
+pub fn load_with(dir: &Path, options: LoadOptions) -> CpuEngine {
+    CpuEngine::load(dir, options).unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+}
+
+/// The cases of a folder's `golden.json`.
+pub fn golden(dir: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(dir.join("golden.json")).expect("golden.json");
+    let json: Value = serde_json::from_str(&text).expect("golden.json is JSON");
+    json["cases"].as_array().expect("cases").clone()
+}
+
+pub fn tokens(value: &Value) -> Vec<TokenId> {
+    value.as_array().expect("tokens").iter().map(|id| TokenId(id.as_u64().expect("a token") as u32)).collect()
+}
+
+/// A table of `count` pages in no particular order, from a pool of `pool`.
+pub fn pages(pool: u32, first: u32, count: u32) -> Vec<PageId> {
+    // 7919 is prime, so the order goes through the whole pool.
+    (first..first + count).map(|i| PageId((u64::from(i) * 7919 % u64::from(pool)) as u32)).collect()
+}
+
+/// The logits after the last of `tokens`, computed in steps of `chunk` tokens.
+pub fn last_logits(engine: &mut CpuEngine, tokens: &[TokenId], chunk: usize) -> Vec<f32> {
+    let needed = engine.info().kv.pages(tokens.len() as u32);
+    let mut kv = KvPages::new(engine.info().kv, needed + 13).expect("pages");
+    let table = pages(needed + 13, 5, needed);
+    let mut last = Vec::new();
+    let mut start = 0;
+    for part in tokens.chunks(chunk) {
+        let end = start + part.len();
+        let sequence =
+            Sequence { tokens: part, start: start as u32, pages: &table, logits: end == tokens.len() };
+        let logits = engine.step(&[sequence], &mut kv, &mut |_, _| ()).expect("a step");
+        last = logits.rows().flatten().copied().collect();
+        start = end;
+    }
+    last
+}

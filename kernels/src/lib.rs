@@ -1,0 +1,19 @@
+//! The arithmetic of Tandem, and the only code that knows both shapes of KV.
+//!
+//! - [`KvPages`]: the paged KV that a node owns. [`Kernels`]: pack pages into a chunk's contiguous extent
+//!   and scatter them back, with the checksum that travels beside it; [`contract`] is what every
+//!   implementation passes.
+//! - [`cpu`]: matrix products, attention over pages, norms, RoPE and the gated MLP for the CPU.
+//!
+//! Every number that [`cpu`] computes comes from a reduction whose order depends on its own row and on
+//! absolute positions alone. Batch size, chunking, threads and the instruction set change no bit of it.
+//!
+//! Nothing here allocates or frees a page, and nothing waits for anything but its own threads.
+
+pub mod contract;
+pub mod cpu;
+mod pack;
+mod pages;
+
+pub use pack::{CpuKernels, Kernels, PackError, pack_layer, scatter_layer};
+pub use pages::{KvPages, PagesError};

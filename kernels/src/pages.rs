@@ -1,0 +1,146 @@
+//! The storage of paged KV: `[layer][page][k|v][kv_head][token][head_dim]`.
+
+use tandem_memory::{Extent, HostRegion, RegionError};
+use tandem_proto::ids::{LayerIdx, PageId};
+use tandem_proto::layout::{KvShape, ShapeError};
+
+/// The KV pages of a node, for all layers. Memory is taken from the system when a page is first written.
+///
+/// Which page belongs to whom is the node's business: this is storage alone.
+pub struct KvPages {
+    shape: KvShape,
+    pages: u32,
+    /// Nobody else holds this extent, so borrows of `self` govern its bytes.
+    storage: Extent,
+}
+
+/// Why pages cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PagesError {
+    /// The shape makes no sense.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// No page at all was asked for.
+    #[error("a KV pool needs at least one page")]
+    Empty,
+    /// The pool is larger than the address space.
+    #[error("{pages} pages of {page_bytes} bytes do not fit the address space; ask for fewer pages")]
+    TooLarge {
+        /// Pages asked for.
+        pages: u32,
+        /// Bytes of one page in all layers.
+        page_bytes: usize,
+    },
+    /// The system has no such memory.
+    #[error(transparent)]
+    Memory(#[from] RegionError),
+    /// A page that is not there.
+    #[error("page {page} lies outside the pool of {pages} pages")]
+    NoSuchPage {
+        /// The page.
+        page: PageId,
+        /// Pages of the pool.
+        pages: u32,
+    },
+}
+
+impl KvPages {
+    /// Reserves `pages` pages of `shape`.
+    ///
+    /// # Errors
+    /// When the shape is unusable or the system refuses the memory.
+    pub fn new(shape: KvShape, pages: u32) -> Result<KvPages, PagesError> {
+        shape.validate()?;
+        if pages == 0 {
+            return Err(PagesError::Empty);
+        }
+        let page_bytes = shape.layer_page_bytes() * shape.layers as usize;
+        let len = page_bytes
+            .checked_mul(pages as usize)
+            .filter(|len| *len <= isize::MAX as usize / 2)
+            .ok_or(PagesError::TooLarge { pages, page_bytes })?;
+        let storage = HostRegion::map(len)?.extent(0..len)?;
+        Ok(KvPages { shape, pages, storage })
+    }
+
+    /// The dimensions of the KV.
+    #[must_use]
+    pub fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    /// Pages of the pool.
+    #[must_use]
+    pub fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    /// Copies all layers of page `from` to page `to`, so that two sequences may go on from one.
+    ///
+    /// # Errors
+    /// When one of them is not in the pool.
+    pub fn copy_page(&mut self, from: PageId, to: PageId) -> Result<(), PagesError> {
+        for page in [from, to] {
+            if page.0 >= self.pages {
+                return Err(PagesError::NoSuchPage { page, pages: self.pages });
+            }
+        }
+        let len = self.shape.layer_page_bytes();
+        for layer in 0..self.shape.layers {
+            let source = self.page_offset(LayerIdx(layer), from);
+            let target = self.page_offset(LayerIdx(layer), to);
+            self.bytes_mut().copy_within(source..source + len, target);
+        }
+        Ok(())
+    }
+
+    /// The rows of one head's keys (`value` false) or values in a page: `[token][head_dim]`.
+    ///
+    /// # Panics
+    /// When layer, page or head do not exist.
+    #[must_use]
+    pub fn head(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> &[u8] {
+        let start = self.head_offset(layer, page, kv_head, value);
+        &self.bytes()[start..start + self.shape.page_tokens as usize * self.shape.row_bytes()]
+    }
+
+    /// As [`KvPages::head`], to write.
+    ///
+    /// # Panics
+    /// When layer, page or head do not exist.
+    #[must_use]
+    pub fn head_mut(&mut self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> &mut [u8] {
+        let start = self.head_offset(layer, page, kv_head, value);
+        let len = self.shape.page_tokens as usize * self.shape.row_bytes();
+        &mut self.bytes_mut()[start..start + len]
+    }
+
+    /// Offset in the storage of [`KvPages::head`].
+    pub(crate) fn head_offset(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> usize {
+        assert!(
+            layer.0 < self.shape.layers && page.0 < self.pages && kv_head < self.shape.kv_heads,
+            "no KV at layer {layer}, page {page}, head {kv_head}"
+        );
+        self.page_offset(layer, page) + self.shape.page_head_offset(kv_head as usize, value)
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: the extent is this pool's alone, and writing it takes `&mut self`.
+        unsafe { self.storage.bytes() }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: the extent is this pool's alone, and `self` is borrowed exclusively.
+        unsafe { self.storage.bytes_mut() }
+    }
+
+    fn page_offset(&self, layer: LayerIdx, page: PageId) -> usize {
+        (layer.0 as usize * self.pages as usize + page.0 as usize) * self.shape.layer_page_bytes()
+    }
+}
+
+impl std::fmt::Debug for KvPages {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "KvPages({} pages of {:?})", self.pages, self.shape)
+    }
+}

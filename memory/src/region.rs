@@ -1,0 +1,213 @@
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Anonymous, page-aligned, zeroed host memory. Shared by `Arc`; unmapped when the last holder is gone.
+pub struct HostRegion {
+    base: *mut u8,
+    len: usize,
+}
+
+// SAFETY: the region is plain memory; every access goes through the unsafe methods of `Extent`, whose
+// callers promise that no two threads conflict.
+unsafe impl Send for HostRegion {}
+// SAFETY: as above.
+unsafe impl Sync for HostRegion {}
+
+/// Why memory could not be had, or an extent does not exist.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionError {
+    /// The system refused the mapping.
+    #[error("cannot map {len} bytes of host memory: {source}")]
+    Map {
+        /// Bytes asked for.
+        len: usize,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The range leaves the region.
+    #[error("extent {start}..{end} lies outside its region of {len} bytes")]
+    OutOfBounds {
+        /// First byte asked for.
+        start: usize,
+        /// One past the last byte asked for.
+        end: usize,
+        /// The region's length.
+        len: usize,
+    },
+}
+
+impl HostRegion {
+    /// Maps `len` zeroed bytes (at least one), asking for transparent huge pages.
+    ///
+    /// # Errors
+    /// When the system has no such memory.
+    pub fn map(len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        let len = len.max(1);
+        // SAFETY: an anonymous private mapping at an address of the kernel's choice touches nothing else.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(RegionError::Map {
+                len,
+                source: std::io::Error::last_os_error(),
+            });
+        }
+        // SAFETY: the range was just mapped; the advice changes no content, and failing it is harmless.
+        unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
+        Ok(Arc::new(HostRegion {
+            base: base.cast(),
+            len,
+        }))
+    }
+
+    /// Bytes of the region.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never true: a region has at least one byte.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The range as an extent that keeps the region alive.
+    ///
+    /// # Errors
+    /// When the range leaves the region.
+    pub fn extent(self: &Arc<Self>, range: Range<usize>) -> Result<Extent, RegionError> {
+        if range.start > range.end || range.end > self.len {
+            return Err(RegionError::OutOfBounds {
+                start: range.start,
+                end: range.end,
+                len: self.len,
+            });
+        }
+        Ok(Extent {
+            region: Arc::clone(self),
+            start: range.start,
+            len: range.end - range.start,
+        })
+    }
+}
+
+impl Drop for HostRegion {
+    fn drop(&mut self) {
+        // SAFETY: base and len are those of the mapping made in `map`, and no extent is left: each holds an Arc.
+        unsafe { libc::munmap(self.base.cast(), self.len) };
+    }
+}
+
+impl std::fmt::Debug for HostRegion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostRegion({} bytes)", self.len)
+    }
+}
+
+/// A range of a region.
+#[derive(Clone, Debug)]
+pub struct Extent {
+    region: Arc<HostRegion>,
+    /// Always `start + len <= region.len`.
+    start: usize,
+    len: usize,
+}
+
+impl Extent {
+    /// Bytes of the extent.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Offset of its first byte in the region.
+    #[must_use]
+    pub fn offset(&self) -> usize {
+        self.start
+    }
+
+    /// The region it lies in.
+    #[must_use]
+    pub fn region(&self) -> &Arc<HostRegion> {
+        &self.region
+    }
+
+    /// A part of this extent.
+    ///
+    /// # Errors
+    /// When `range` leaves the extent.
+    pub fn part(&self, range: Range<usize>) -> Result<Extent, RegionError> {
+        if range.start > range.end || range.end > self.len {
+            return Err(RegionError::OutOfBounds {
+                start: range.start,
+                end: range.end,
+                len: self.len,
+            });
+        }
+        Ok(Extent {
+            region: Arc::clone(&self.region),
+            start: self.start + range.start,
+            len: range.end - range.start,
+        })
+    }
+
+    /// The bytes, to read.
+    ///
+    /// # Safety
+    /// While the slice lives, nobody may write these bytes: the caller owns the extent's lease, or its
+    /// content is published and no longer changes.
+    #[must_use]
+    pub unsafe fn bytes(&self) -> &[u8] {
+        // SAFETY: in bounds by the field's invariant, alive by the Arc, not written by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.region.base.add(self.start), self.len) }
+    }
+
+    /// The bytes, to write.
+    ///
+    /// # Safety
+    /// While the slice lives, nobody else may read or write these bytes: the caller owns the extent's lease.
+    #[must_use]
+    #[allow(clippy::mut_from_ref)] // The lease, not the borrow, makes it exclusive.
+    pub unsafe fn bytes_mut(&self) -> &mut [u8] {
+        // SAFETY: in bounds by the field's invariant, alive by the Arc, exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.region.base.add(self.start), self.len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_stay_inside() {
+        let region = HostRegion::map(4096).unwrap();
+        assert!(region.extent(0..4096).is_ok());
+        assert!(region.extent(1..4097).is_err());
+        let extent = region.extent(100..200).unwrap();
+        assert!(extent.part(0..101).is_err());
+        let part = extent.part(10..20).unwrap();
+        // SAFETY: this test is the only holder.
+        unsafe { part.bytes_mut() }.fill(7);
+        // SAFETY: as above.
+        assert_eq!(
+            unsafe { extent.bytes() }[9..21],
+            [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]
+        );
+    }
+}

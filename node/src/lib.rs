@@ -1,0 +1,28 @@
+//! What prefill and decode nodes share: their place in the cluster, and how their loop waits.
+//!
+//! A node is one thread that computes and never blocks, and a runtime that owns the sockets. This crate is the
+//! seam between the two: events come in through an [`Inbox`], messages leave through a [`Cluster`] (a [`Member`]
+//! of a real one, or a simulation), and [`Clock`] gives the loop the time that `tandem-proto` takes as an argument.
+//!
+//! It knows nothing of prompts or tokens; [`start`] puts the parts of a node together.
+#![forbid(unsafe_code)]
+
+mod clock;
+mod cluster;
+mod inbox;
+mod member;
+mod start;
+
+pub use clock::{Clock, ClockHand};
+pub use cluster::{Cluster, SendError, lane};
+pub use inbox::{Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
+pub use member::Member;
+pub use start::{NodeOptions, Parts, start};
+
+/// A random id for this incarnation of the process.
+///
+/// # Errors
+/// When the system has no randomness.
+pub fn random_node_id() -> Result<tandem_proto::ids::NodeId, getrandom::Error> {
+    Ok(tandem_proto::ids::NodeId(getrandom::u64()?))
+}

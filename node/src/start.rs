@@ -1,0 +1,248 @@
+//! From options to a running node.
+
+use crate::{Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox, random_node_id};
+use anyhow::Context;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+use tandem_engine::{CpuEngine, Engine, LoadOptions};
+use tandem_kernels::KvPages;
+use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
+use tandem_proto::layout::KvDtype;
+use tandem_proto::wire::{Hello, Role};
+use tandem_transport::Transport;
+use tandem_transport::Tuning;
+use tandem_transport::control::{Control, Limits};
+use tandem_transport::{QuicConfig, QuicTransport};
+use tokio::sync::oneshot;
+
+/// Events from the network that the node's loop has not looked at. Beyond it, peers wait.
+const INBOX_EVENTS: usize = 4096;
+
+/// The flags that prefill and decode nodes share.
+#[derive(clap::Args, Clone, Debug)]
+pub struct NodeOptions {
+    /// Model folder in Hugging Face format: config.json, safetensors, generation_config.json.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// The router's control address. The node joins as soon as it is reached, and again whenever it was lost.
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7000")]
+    pub router: String,
+    /// What people call this node, in logs and metrics.
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub name: String,
+    /// Where the control channel listens (UDP). Port 0 takes a free one: nobody needs to know it beforehand.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub control: SocketAddr,
+    /// Where the transport listens (UDP).
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub data: SocketAddr,
+    /// The address that other nodes reach this one at. Needed when it listens on 0.0.0.0 or [::].
+    #[arg(long, value_name = "IP")]
+    pub advertise: Option<IpAddr>,
+    /// Memory for pages of KV. Taken from the system as it is used, so a large value costs nothing by itself.
+    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = units::bytes, help_heading = "Memory and speed")]
+    pub kv_memory: usize,
+    /// How keys and values are stored: f32 loses nothing; f16 and bf16 take half the room and half the link.
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = kv_dtype, help_heading = "Memory and speed")]
+    pub kv_dtype: KvDtype,
+    /// Threads that compute. 0 takes as many as there are cores.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 0,
+        help_heading = "Memory and speed"
+    )]
+    pub threads: usize,
+    /// Threads that move KV, each with a socket of its own. One carries about half a gigabyte a second.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        help_heading = "Memory and speed"
+    )]
+    pub data_threads: usize,
+    /// The largest UDP payload between hosts: 1452 suits every Ethernet, 8952 suits jumbo frames.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 1452,
+        help_heading = "Memory and speed"
+    )]
+    pub mtu: u16,
+    /// Silence after which a peer counts as dead, and what it took part in is given up.
+    ///
+    /// The default notices a killed process in under a second. Raise it where machines are overloaded.
+    #[arg(long, value_name = "DURATION", default_value = "900ms", value_parser = units::duration, help_heading = "Memory and speed")]
+    pub peer_timeout: Duration,
+    /// Who this node is to its peers.
+    #[command(flatten)]
+    pub tls: TlsOptions,
+    /// Logs and signals.
+    #[command(flatten)]
+    pub process: ProcessOptions,
+}
+
+fn kv_dtype(text: &str) -> Result<KvDtype, String> {
+    match text {
+        "f32" => Ok(KvDtype::F32),
+        "f16" => Ok(KvDtype::F16),
+        "bf16" => Ok(KvDtype::Bf16),
+        _ => Err("expected f32, f16 or bf16".into()),
+    }
+}
+
+/// What a node's loop is made of.
+pub struct Parts {
+    /// The machine's clock.
+    pub clock: Clock,
+    /// The way to router and peers.
+    pub cluster: Box<dyn Cluster>,
+    /// What comes from there.
+    pub inbox: Inbox,
+    /// What moves KV.
+    pub transport: Box<dyn Transport>,
+    /// The model.
+    pub engine: Box<dyn Engine>,
+    /// Its pages.
+    pub kv: KvPages,
+}
+
+/// Starts a node and keeps it running until it is told to stop. `run` is its loop, on a thread of its own.
+///
+/// # Errors
+/// When something it needs cannot be had.
+pub fn start(
+    options: NodeOptions,
+    role: Role,
+    run: impl FnOnce(Parts) -> anyhow::Result<()> + Send + 'static,
+) -> anyhow::Result<()> {
+    options.process.start_logs()?;
+    let shutdown = Shutdown::on_signals()?;
+    let identity = options.tls.identity()?;
+    let (engine, kv) = load(&options)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()?;
+    runtime.block_on(async move {
+        let node = random_node_id().context("no randomness for the node's id")?;
+        let tuning = Tuning {
+            mtu: options.mtu,
+            dead_after: options.peer_timeout,
+            keep_alive: options.peer_timeout / 6,
+            ..Tuning::default()
+        };
+        let limits = Limits {
+            tuning: tuning.clone(),
+            ..Limits::default()
+        };
+        let (control, events) = Control::bind(options.control, &identity, node, limits)?;
+        let quic = QuicConfig {
+            threads: options.data_threads,
+            tuning,
+            ..QuicConfig::default()
+        };
+        let mut transport = QuicTransport::bind(options.data, &identity, node, quic)?;
+        let info = engine.info();
+        let pool_tokens = u64::from(kv.pages()) * u64::from(info.kv.page_tokens);
+        let hello = Hello {
+            node,
+            name: if options.name.is_empty() {
+                format!("{role}-{node}")
+            } else {
+                options.name.clone()
+            },
+            role,
+            control: reachable(control.local_addr(), &options)?,
+            data: reachable(transport.local_addr(), &options)?,
+            fingerprint: info.fingerprint,
+            kv: info.kv,
+            max_sequence_tokens: info
+                .max_positions
+                .min(pool_tokens.min(u64::from(u32::MAX)) as u32),
+        };
+        tracing::info!(name = hello.name, %node, control = %hello.control, data = %hello.data, "listening");
+
+        let (sender, inbox) = inbox(INBOX_EVENTS);
+        let unpark = Unpark::default();
+        transport.set_waker(unpark.waker());
+        let member = Member::new(control, events, sender, unpark.clone());
+        member.join(options.router.clone(), hello);
+        let parts = Parts {
+            clock: Clock::start(),
+            cluster: Box::new(member.clone()),
+            inbox,
+            transport: Box::new(transport),
+            engine: Box::new(engine),
+            kv,
+        };
+        let (done, mut finished) = oneshot::channel();
+        std::thread::Builder::new()
+            .name(format!("{role}-loop"))
+            .spawn(move || {
+                unpark.bind_current_thread();
+                // Nobody listens only if the process is ending anyway.
+                let _ = done.send(run(parts));
+            })?;
+        let result = tokio::select! {
+            result = &mut finished => result,
+            () = shutdown.requested() => {
+                member.tell(NodeEvent::Drain).await;
+                match tokio::time::timeout(options.process.drain_timeout, &mut finished).await {
+                    Ok(result) => result,
+                    Err(_) => {
+                        tracing::warn!("not drained in time; cutting off what is left");
+                        member.tell(NodeEvent::Stop).await;
+                        finished.await
+                    }
+                }
+            }
+        };
+        member.leave().await;
+        result.context("the node's loop ended in a panic; its message is above")?
+    })
+}
+
+fn load(options: &NodeOptions) -> anyhow::Result<(CpuEngine, KvPages)> {
+    let begun = Instant::now();
+    let mut load = LoadOptions {
+        kv_dtype: options.kv_dtype,
+        ..LoadOptions::default()
+    };
+    if options.threads > 0 {
+        load.threads = options.threads;
+    }
+    let engine = CpuEngine::load(&options.model, load)
+        .with_context(|| format!("model {}", options.model.display()))?;
+    let info = engine.info();
+    let page_bytes = info.kv.layers as usize * info.kv.layer_page_bytes();
+    let pages = u32::try_from(options.kv_memory / page_bytes).unwrap_or(u32::MAX);
+    let kv = KvPages::new(info.kv, pages).with_context(|| {
+        format!(
+            "--kv-memory {} bytes for pages of {page_bytes} bytes",
+            options.kv_memory
+        )
+    })?;
+    tracing::info!(
+        model = info.name,
+        architecture = info.architecture,
+        parameters = info.parameters,
+        kv_pages = pages,
+        kv_tokens = u64::from(pages) * u64::from(info.kv.page_tokens),
+        threads = load.threads,
+        seconds = begun.elapsed().as_secs_f32(),
+        "model loaded"
+    );
+    Ok((engine, kv))
+}
+
+fn reachable(bound: SocketAddr, options: &NodeOptions) -> anyhow::Result<SocketAddr> {
+    match options.advertise {
+        Some(ip) => Ok(SocketAddr::new(ip, bound.port())),
+        None if bound.ip().is_unspecified() => {
+            anyhow::bail!("listening on {bound}: say with --advertise at which IP other nodes reach this one")
+        }
+        None => Ok(bound),
+    }
+}

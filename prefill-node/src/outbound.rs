@@ -1,0 +1,452 @@
+//! KV on its way out: staging, writes under way, and the messages that go with them.
+
+use crate::prompt::Prompt;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use tandem_kernels::{CpuKernels, Kernels, KvPages};
+use tandem_memory::{Extent, HostRegion};
+use tandem_node::{Clock, Cluster, Inbox, NodeEvent, SendError};
+use tandem_proto::handoff::{Push, Sender, SenderAction, SenderConfig};
+use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
+use tandem_proto::layout::KvShape;
+use tandem_proto::wire::{Destination, Handoff, Message, RequestError, Sampled};
+use tandem_transport::{Event, SubmitError, Transport, Write};
+
+/// Everything that goes on between two layers of a step: it never touches the engine or the page pool, and
+/// leaves what concerns those (`arrived`, `ended`) for the node's loop to take.
+pub struct Outbound {
+    pub clock: Clock,
+    cluster: Box<dyn Cluster>,
+    inbox: Inbox,
+    transport: Box<dyn Transport>,
+    kernels: CpuKernels,
+    sender: Sender,
+    shape: KvShape,
+    staging: Staging,
+    /// A push that found no room in staging or in the transport's queue; taken up before any other.
+    held_back: Option<Push>,
+    under_way: HashMap<u64, UnderWay>,
+    next_ticket: u64,
+    page_tables: BTreeMap<RequestId, Arc<[PageId]>>,
+    links: BTreeMap<NodeId, Link>,
+    /// Peers whose transport is being cut: not dialled again before that is done.
+    severing: BTreeSet<NodeId>,
+    router: Option<NodeId>,
+    /// What came from the router and was not yet looked at.
+    pub arrived: VecDeque<Arrival>,
+    /// Requests that are over, and why if they failed. Their pages may be released once no step uses them.
+    pub ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
+    /// The process was asked to finish.
+    pub draining: bool,
+    /// It must finish now.
+    pub stopped: bool,
+    events: Vec<Event>,
+}
+
+/// What the router sent, or that it is gone.
+pub enum Arrival {
+    /// A prompt to compute.
+    Prompt(Prompt),
+    /// A request is over.
+    Cancelled(RequestId),
+    /// The router is gone, and with it everybody who waits for its requests.
+    RouterLost(NodeId),
+    /// A decode node cannot be reached, and why.
+    DecodeLost(NodeId, String),
+}
+
+/// A decode node, as seen from here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Link {
+    /// Being dialled.
+    Connecting {
+        /// Whether messages can be sent.
+        control: bool,
+        /// Whether KV can be written.
+        data: bool,
+        /// When to give up.
+        until: Time,
+    },
+    /// Can be offered prompts.
+    Up,
+}
+
+struct UnderWay {
+    push: Push,
+    digest: u64,
+    slot: Extent,
+}
+
+/// Room for packed layers that are being written.
+struct Staging {
+    free: Vec<Extent>,
+}
+
+impl Staging {
+    fn new(region: &Arc<HostRegion>, slot_bytes: usize) -> Result<Staging, tandem_memory::RegionError> {
+        let slots = region.len() / slot_bytes;
+        let free = (0..slots)
+            .map(|slot| region.extent(slot * slot_bytes..(slot + 1) * slot_bytes))
+            .collect::<Result<_, _>>()?;
+        Ok(Staging { free })
+    }
+}
+
+/// How long a decode node may take to be reached.
+const DIAL_TIMEOUT_US: u64 = 5_000_000;
+
+impl Outbound {
+    pub fn new(
+        clock: Clock,
+        cluster: Box<dyn Cluster>,
+        inbox: Inbox,
+        mut transport: Box<dyn Transport>,
+        shape: KvShape,
+        staging_bytes: usize,
+    ) -> anyhow::Result<Outbound> {
+        let slot_bytes = shape.packed_layer(LayerIdx(0), shape.chunk_tokens).len();
+        let region = HostRegion::map(staging_bytes.max(2 * slot_bytes))?;
+        transport.register(Arc::clone(&region))?;
+        Ok(Outbound {
+            clock,
+            cluster,
+            inbox,
+            transport,
+            kernels: CpuKernels,
+            sender: Sender::new(shape, SenderConfig::default()),
+            shape,
+            staging: Staging::new(&region, slot_bytes)?,
+            held_back: None,
+            under_way: HashMap::new(),
+            next_ticket: 0,
+            page_tables: BTreeMap::new(),
+            links: BTreeMap::new(),
+            severing: BTreeSet::new(),
+            router: None,
+            arrived: VecDeque::new(),
+            ended: VecDeque::new(),
+            draining: false,
+            stopped: false,
+            events: Vec::new(),
+        })
+    }
+
+    /// One turn: takes in what happened, and pushes as much as there is room for.
+    pub fn turn(&mut self, kv: &KvPages) {
+        while let Some(event) = self.inbox.try_next() {
+            self.on_event(event);
+            if self.stopped {
+                break;
+            }
+        }
+        self.poll_transport();
+        let now = self.clock.now();
+        self.sender.tick(now);
+        self.give_up_dials(now);
+        self.act();
+        self.push(kv);
+    }
+
+    /// Waits for something to happen, until the deadline.
+    pub fn wait(&self, until: Option<Time>) {
+        let longest = std::time::Duration::from_secs(1);
+        self.inbox
+            .wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
+    }
+
+    /// When a turn has something to do next if nothing happens.
+    pub fn next_deadline(&self) -> Option<Time> {
+        let dial = self.links.values().filter_map(|link| match link {
+            Link::Connecting { until, .. } => Some(*until),
+            Link::Up => None,
+        });
+        self.sender.next_timeout().into_iter().chain(dial).min()
+    }
+
+    /// Whether the way to a decode node is open. Begins to open it if nobody has.
+    pub fn is_linked(&mut self, to: &Destination) -> bool {
+        match self.links.get(&to.node) {
+            Some(Link::Up) => true,
+            Some(Link::Connecting { .. }) => false,
+            None if self.severing.contains(&to.node) => false,
+            None => {
+                let until = self.clock.now().after_us(DIAL_TIMEOUT_US);
+                self.links.insert(
+                    to.node,
+                    Link::Connecting {
+                        control: false,
+                        data: false,
+                        until,
+                    },
+                );
+                self.cluster.dial(to.node, to.control);
+                self.transport.connect(to.node, to.data);
+                false
+            }
+        }
+    }
+
+    /// The prompt has its pages: offers its KV. Chunks below `cached` tokens are in the pages already.
+    pub fn begin(&mut self, prompt: &Prompt, to: NodeId, pages: Arc<[PageId]>, cached: u32) {
+        self.page_tables.insert(prompt.request, pages);
+        self.sender
+            .begin(prompt.request, to, prompt.tokens.len() as u32, prompt.deadline);
+        for chunk in 0..cached / self.shape.chunk_tokens {
+            for layer in 0..self.shape.layers {
+                self.sender
+                    .ready(prompt.request, ChunkIdx(chunk), LayerIdx(layer));
+            }
+        }
+    }
+
+    /// A layer of a chunk is in the pages.
+    pub fn ready(&mut self, request: RequestId, chunk: ChunkIdx, layer: LayerIdx) {
+        self.sender.ready(request, chunk, layer);
+    }
+
+    /// The first tokens are known: tells the decode node when all KV is there.
+    pub fn first(&mut self, request: RequestId, first: Vec<Sampled>) {
+        self.sender.first(request, first);
+    }
+
+    /// Ends a handoff for a reason of this node's own.
+    pub fn give_up(&mut self, request: RequestId, error: Option<RequestError>) {
+        self.sender.give_up(self.clock.now(), request, error);
+    }
+
+    /// Whether the last turn left something for the node's loop.
+    pub fn has_news(&self) -> bool {
+        !self.arrived.is_empty() || !self.ended.is_empty()
+    }
+
+    /// Staging slots in use.
+    pub fn staged(&self) -> usize {
+        self.under_way.len()
+    }
+
+    /// Handoffs that are not over.
+    pub fn open_handoffs(&self) -> usize {
+        self.sender.open_requests()
+    }
+
+    /// Tells the router, if there is one.
+    pub fn tell_router(&mut self, message: &Message) {
+        let Some(router) = self.router else { return };
+        match self.cluster.send(router, message) {
+            Ok(()) | Err(SendError::NotConnected) => {}
+            Err(error) => {
+                // Cut off, the router knows that this node's requests are lost; behind a lost message it would not.
+                tracing::warn!(%router, %error, "cannot tell the router; closing its connection");
+                self.cluster.close(router);
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: NodeEvent) {
+        match event {
+            NodeEvent::RouterUp { router } => {
+                self.router = Some(router);
+                if self.draining {
+                    self.tell_router(&Message::Draining);
+                }
+            }
+            NodeEvent::Up { peer } => self.link_up(peer, |control, _| *control = true),
+            NodeEvent::DialFailed { peer, reason } => self.unlink(peer, &reason),
+            NodeEvent::Down { peer, reason } if self.router == Some(peer) => {
+                tracing::warn!(router = %peer, reason, "the router is gone; giving up its requests");
+                self.router = None;
+                self.arrived.push_back(Arrival::RouterLost(peer));
+            }
+            NodeEvent::Down { peer, reason } => self.unlink(peer, &reason),
+            NodeEvent::Message { from, message } => self.on_message(from, message),
+            NodeEvent::Drain => {
+                self.draining = true;
+                self.tell_router(&Message::Draining);
+            }
+            NodeEvent::Stop => self.stopped = true,
+        }
+    }
+
+    fn on_message(&mut self, from: NodeId, message: Message) {
+        let now = self.clock.now();
+        match message {
+            Message::Submit(submit) => self
+                .arrived
+                .push_back(Arrival::Prompt(Prompt::new(submit, from, now))),
+            Message::Cancel { request } => self.arrived.push_back(Arrival::Cancelled(request)),
+            Message::Handoff(handoff) => self.sender.message(now, from, handoff),
+            other => {
+                tracing::warn!(peer = %from, message = ?std::mem::discriminant(&other), "not a message for a prefill node")
+            }
+        }
+    }
+
+    fn link_up(&mut self, peer: NodeId, part: impl FnOnce(&mut bool, &mut bool)) {
+        if let Some(link @ Link::Connecting { .. }) = self.links.get_mut(&peer) {
+            let Link::Connecting { control, data, .. } = link else {
+                unreachable!("matched above")
+            };
+            part(control, data);
+            if *control && *data {
+                *link = Link::Up;
+                tracing::debug!(decode = %peer, "linked");
+            }
+        }
+    }
+
+    /// The way to a decode node is closed, or could not be opened.
+    fn unlink(&mut self, peer: NodeId, why: &str) {
+        if self.links.remove(&peer).is_none() {
+            return;
+        }
+        tracing::warn!(decode = %peer, why, "link to decode node lost");
+        self.sender.peer_lost(self.clock.now(), peer, why);
+        self.sever(peer);
+        self.arrived.push_back(Arrival::DecodeLost(peer, why.to_owned()));
+    }
+
+    fn sever(&mut self, peer: NodeId) {
+        self.severing.insert(peer);
+        self.transport.sever(peer);
+    }
+
+    fn give_up_dials(&mut self, now: Time) {
+        let late: Vec<_> = self
+            .links
+            .iter()
+            .filter(|(_, link)| matches!(link, Link::Connecting { until, .. } if *until <= now))
+            .map(|(peer, _)| *peer)
+            .collect();
+        for peer in late {
+            self.unlink(
+                peer,
+                &format!("not reached within {} s", DIAL_TIMEOUT_US / 1_000_000),
+            );
+        }
+    }
+
+    fn poll_transport(&mut self) {
+        let mut events = std::mem::take(&mut self.events);
+        self.transport.poll(&mut events);
+        for event in events.drain(..) {
+            match event {
+                Event::Connected { peer } => self.link_up(peer, |_, data| *data = true),
+                Event::Sent { ticket, .. } => {
+                    if let Some(UnderWay { push, digest, slot }) = self.under_way.remove(&ticket) {
+                        self.staging.free.push(slot);
+                        self.sender.sent(push.request, push.chunk, push.layer, digest);
+                    }
+                }
+                Event::Failed { ticket, reason, .. } => {
+                    if let Some(UnderWay { push, slot, .. }) = self.under_way.remove(&ticket) {
+                        self.staging.free.push(slot);
+                        self.sender
+                            .not_sent(self.clock.now(), push.request, &reason.to_string());
+                    }
+                }
+                Event::Severed { peer, reason } => {
+                    self.unlink(peer, &reason.to_string());
+                    self.severing.remove(&peer);
+                    self.sender.severed(peer);
+                }
+                // Nobody writes to a prefill node: it opens no window.
+                Event::Landed { .. } => {}
+            }
+        }
+        self.events = events;
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.sender.poll_action() {
+            match action {
+                SenderAction::Send { to, message } => self.tell(to, message),
+                SenderAction::Release { request, outcome } => {
+                    self.page_tables.remove(&request);
+                    self.ended.push_back((request, outcome));
+                }
+                SenderAction::Sever { peer } => self.sever(peer),
+            }
+        }
+    }
+
+    fn tell(&mut self, to: NodeId, handoff: Handoff) {
+        if let Err(error) = self.cluster.send(to, &Message::Handoff(handoff)) {
+            // What was lost may be what the peer waits for: end the connection, so that both sides know.
+            tracing::warn!(decode = %to, %error, "cannot tell the decode node; closing its connection");
+            self.cluster.close(to);
+        }
+    }
+
+    fn push(&mut self, kv: &KvPages) {
+        while let Some(slot) = self.staging.free.pop() {
+            let Some(push) = self.held_back.take().or_else(|| self.sender.next_push()) else {
+                self.staging.free.push(slot);
+                return;
+            };
+            if let Err(slot) = self.push_one(push, slot, kv) {
+                self.staging.free.push(slot);
+                if self.held_back.is_some() {
+                    return;
+                }
+                self.act();
+            }
+        }
+    }
+
+    /// Packs one layer and starts its write; gives the slot back if no write was started.
+    fn push_one(&mut self, push: Push, slot: Extent, kv: &KvPages) -> Result<(), Extent> {
+        let now = self.clock.now();
+        let Some(pages) = self.page_tables.get(&push.request) else {
+            self.sender.not_sent(now, push.request, "the request is over");
+            return Err(slot);
+        };
+        let first = (push.chunk.0 * self.shape.chunk_tokens / self.shape.page_tokens) as usize;
+        let count = self.shape.pages(push.tokens) as usize;
+        let source = slot
+            .part(0..push.len)
+            .expect("a slot holds a layer of a full chunk");
+        let pages = &pages[first..first + count];
+        let digest = match self
+            .kernels
+            .pack(kv, push.layer, pages, push.tokens, staged_mut(&source))
+        {
+            Ok(digest) => digest,
+            Err(error) => {
+                self.sender.not_sent(now, push.request, &error.to_string());
+                return Err(slot);
+            }
+        };
+        let write = Write {
+            ticket: self.next_ticket,
+            source,
+            window: push.window,
+            offset: push.offset as u64,
+            immediate: push.immediate.to_bits(),
+        };
+        match self.transport.submit(push.to, write) {
+            Ok(()) => {
+                self.under_way
+                    .insert(self.next_ticket, UnderWay { push, digest, slot });
+                self.next_ticket += 1;
+                Ok(())
+            }
+            Err(SubmitError::Full { .. }) => {
+                self.held_back = Some(push);
+                Err(slot)
+            }
+            Err(error) => {
+                self.sender.not_sent(now, push.request, &error.to_string());
+                Err(slot)
+            }
+        }
+    }
+}
+
+/// The bytes of a staging slot that was taken from the free list.
+#[allow(unsafe_code)]
+#[allow(clippy::mut_from_ref)] // Being off the free list, not the borrow, makes it exclusive.
+fn staged_mut(extent: &Extent) -> &mut [u8] {
+    // SAFETY: a slot leaves the free list for one push and returns after the transport reported its write, so
+    // nobody else reads or writes these bytes now; the slice ends before the write is submitted.
+    unsafe { extent.bytes_mut() }
+}

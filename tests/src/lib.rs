@@ -1,0 +1,8 @@
+//! Whole-system tests.
+//!
+//! - [`simulation`]: the real node loops over a simulated network, with a model whose every token proves that
+//!   the KV before it is right. Used by `tests/simulation.rs` and `tests/breaks.rs`.
+//! - [`processes`]: the real binaries on loopback.
+#![forbid(unsafe_code)]
+
+pub mod simulation;

@@ -1,0 +1,235 @@
+//! The router's part in the simulation: sends requests, checks every token that comes back.
+
+use super::model::{VOCAB, expected};
+use std::collections::BTreeMap;
+use tandem_proto::ids::{NodeId, RequestId, Time, TokenId};
+use tandem_proto::wire::{
+    Destination, Expect, Finish, FirstTokens, Generation, Message, RequestError, Sampled, SamplingParams,
+    Submit, Tokens,
+};
+use tandem_transport::sim::SimNetwork;
+
+/// Milliseconds that nodes get for a handoff, and for all of a request.
+pub const HANDOFF_TIMEOUT_MS: u32 = 8_000;
+pub const GENERATION_TIMEOUT_MS: u32 = 15_000;
+
+/// A request that is to be made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub at: Time,
+    pub prompt: Vec<TokenId>,
+    pub choices: u32,
+    pub max_tokens: u32,
+    /// When the client goes away.
+    pub cancel_at: Option<Time>,
+}
+
+/// A request that was made.
+pub struct Made {
+    pub plan: Plan,
+    pub prefill: NodeId,
+    pub decode: NodeId,
+    expected: Vec<TokenId>,
+    got: Vec<Vec<TokenId>>,
+    finished: Vec<bool>,
+    pub end: Option<End>,
+}
+
+/// How a request ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum End {
+    Complete,
+    Cancelled,
+    Failed(RequestError),
+    /// One of its nodes went.
+    Lost,
+}
+
+#[derive(Default)]
+pub struct Requests {
+    pub made: BTreeMap<RequestId, Made>,
+    pub violations: Vec<String>,
+}
+
+impl Requests {
+    /// Sends a request to both nodes. False when one of them takes no message.
+    pub fn make(
+        &mut self,
+        plan: Plan,
+        network: &SimNetwork,
+        router: NodeId,
+        prefill: NodeId,
+        decode: NodeId,
+    ) {
+        let request = RequestId(self.made.len() as u128 + 1);
+        let sampling = SamplingParams {
+            temperature: 0.0,
+            ..SamplingParams::default()
+        };
+        let generation = Generation {
+            sampling,
+            choices: plan.choices,
+            max_tokens: plan.max_tokens,
+            stop_tokens: Vec::new(),
+        };
+        let destination = Destination {
+            node: decode,
+            control: SimNetwork::address(decode),
+            data: SimNetwork::address(decode),
+        };
+        let submit = Submit {
+            request,
+            prompt: plan.prompt.clone(),
+            generation: generation.clone(),
+            decode: Some(destination),
+            salt: Vec::new(),
+            handoff_timeout_ms: HANDOFF_TIMEOUT_MS,
+        };
+        let expect = Expect {
+            request,
+            prompt: plan.prompt.clone(),
+            generation,
+            prefill,
+            handoff_timeout_ms: HANDOFF_TIMEOUT_MS,
+            generation_timeout_ms: GENERATION_TIMEOUT_MS,
+        };
+        let made = Made {
+            prefill,
+            decode,
+            expected: expected(&plan.prompt, plan.max_tokens as usize),
+            got: vec![Vec::new(); plan.choices as usize],
+            finished: vec![false; plan.choices as usize],
+            end: None,
+            plan,
+        };
+        self.made.insert(request, made);
+        let sent = tell(network, router, decode, &Message::Expect(expect))
+            && tell(network, router, prefill, &Message::Submit(submit));
+        if !sent {
+            self.end(request, End::Lost, network, router);
+        }
+    }
+
+    /// Ends a request, and tells both nodes unless they know.
+    pub fn end(&mut self, request: RequestId, end: End, network: &SimNetwork, router: NodeId) {
+        let Some(made) = self.made.get_mut(&request).filter(|made| made.end.is_none()) else {
+            return;
+        };
+        if end != End::Complete {
+            for node in [made.prefill, made.decode] {
+                tell(network, router, node, &Message::Cancel { request });
+            }
+        }
+        made.end = Some(end);
+    }
+
+    /// Ends all requests of a node that is gone.
+    pub fn node_lost(&mut self, node: NodeId, network: &SimNetwork, router: NodeId) {
+        let of_node = self
+            .made
+            .iter()
+            .filter(|(_, made)| made.prefill == node || made.decode == node);
+        for request in of_node.map(|(request, _)| *request).collect::<Vec<_>>() {
+            self.end(request, End::Lost, network, router);
+        }
+    }
+
+    pub fn message(&mut self, message: Message, network: &SimNetwork, router: NodeId) {
+        match message {
+            Message::FirstTokens(FirstTokens { request, tokens, .. }) => {
+                for (choice, token) in tokens.into_iter().enumerate() {
+                    self.tokens(request, choice, 0, &[token], None);
+                }
+            }
+            Message::Tokens(Tokens {
+                request,
+                choice,
+                start,
+                tokens,
+                finish,
+            }) => {
+                self.tokens(request, choice.0 as usize, start as usize, &tokens, finish);
+                if self
+                    .made
+                    .get(&request)
+                    .is_some_and(|made| made.finished.iter().all(|finished| *finished))
+                {
+                    self.end(request, End::Complete, network, router);
+                }
+            }
+            Message::Failed { request, error } => self.end(request, End::Failed(error), network, router),
+            _ => {}
+        }
+    }
+
+    fn tokens(
+        &mut self,
+        request: RequestId,
+        choice: usize,
+        start: usize,
+        tokens: &[Sampled],
+        finish: Option<Finish>,
+    ) {
+        let Some(made) = self.made.get_mut(&request).filter(|made| made.end.is_none()) else {
+            return;
+        };
+        let got = &mut made.got[choice];
+        if start > got.len() {
+            self.violations.push(format!(
+                "{request:?} choice {choice}: tokens {}..{start} never came",
+                got.len()
+            ));
+            return;
+        }
+        for (index, sampled) in (start..).zip(tokens) {
+            if made.expected.get(index) != Some(&sampled.token) {
+                self.violations.push(format!(
+                    "{request:?} choice {choice}: token {index} is {}, expected {:?} (prompt of {})",
+                    sampled.token,
+                    made.expected.get(index),
+                    made.plan.prompt.len()
+                ));
+            }
+            if index == got.len() {
+                got.push(sampled.token);
+            }
+        }
+        if finish.is_some() {
+            made.finished[choice] = true;
+            if got.len() != made.plan.max_tokens as usize {
+                self.violations.push(format!(
+                    "{request:?} choice {choice} finished after {} tokens",
+                    got.len()
+                ));
+            }
+        }
+    }
+}
+
+fn tell(network: &SimNetwork, router: NodeId, node: NodeId, message: &Message) -> bool {
+    let frame = tandem_proto::wire::encode(message).expect("within bounds");
+    network
+        .send(router, node, tandem_node::lane(message), frame)
+        .is_ok()
+}
+
+/// A prompt that shares its beginning with others of its family.
+pub fn prompt(family: u64, len: u32, differs_from: u32) -> Vec<TokenId> {
+    let token = |position: u32, family: u64| {
+        let mixed =
+            (u64::from(position) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ family.wrapping_mul(0x85eb_ca6b));
+        TokenId(((mixed >> 33) % u64::from(VOCAB)) as u32)
+    };
+    (0..len)
+        .map(|at| {
+            token(
+                at,
+                if at < differs_from {
+                    family
+                } else {
+                    family + u64::from(differs_from) * 31
+                },
+            )
+        })
+        .collect()
+}

@@ -1,0 +1,626 @@
+//! The cluster, its weather, and the rules it must keep.
+
+use super::breaks::{Break, SharedSeen, SimCluster, WatchedTransport, claim_landed};
+use super::model::{ChainEngine, SHAPE};
+use super::router::{End, GENERATION_TIMEOUT_MS, Plan, Requests, prompt};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use tandem_kernels::KvPages;
+use tandem_node::{Clock, ClockHand, Next, NodeEvent, inbox};
+use tandem_proto::ids::{NodeId, Time};
+use tandem_proto::wire::{self, Handoff, Message, RequestError};
+use tandem_transport::Event;
+use tandem_transport::control::ControlEvent;
+use tandem_transport::sim::{SimConfig, SimNetwork, SimTransport};
+
+const ROUTER: NodeId = NodeId(1);
+const MAX_POSITIONS: u32 = 128;
+/// How long a cluster may take to come to rest after its last request ended: longer than any timeout of a node.
+const REST_US: u64 = 20_000_000;
+
+/// What a cluster has to live through.
+#[derive(Clone, Debug)]
+pub struct Weather {
+    network: SimConfig,
+    /// Clients go away.
+    cancels: bool,
+    /// Nodes crash, and others take their place.
+    crashes: bool,
+    /// Links are cut and mended.
+    partitions: bool,
+}
+
+impl Weather {
+    /// The weather of a seed: one in four has only small delays, one has lossy links and impatient clients, one
+    /// has crashes, partitions and broken connections, and one flips bits.
+    #[must_use]
+    pub fn of(seed: u64) -> Weather {
+        let fair = SimConfig {
+            write_limit: 8,
+            detect_us: 450_000..=900_000,
+            ..SimConfig::default()
+        };
+        let rough = SimConfig {
+            loss: 0.02,
+            stall: 0.005,
+            latency_us: 20..=3_000,
+            ..fair.clone()
+        };
+        match seed % 4 {
+            0 => Weather {
+                network: fair,
+                cancels: false,
+                crashes: false,
+                partitions: false,
+            },
+            1 => Weather {
+                network: rough,
+                cancels: true,
+                crashes: false,
+                partitions: false,
+            },
+            2 => Weather {
+                network: SimConfig {
+                    break_connection: 0.002,
+                    ..rough
+                },
+                cancels: true,
+                crashes: true,
+                partitions: true,
+            },
+            _ => Weather {
+                network: SimConfig {
+                    corrupt: 0.002,
+                    ..rough
+                },
+                cancels: true,
+                crashes: false,
+                partitions: false,
+            },
+        }
+    }
+
+    fn is_harmless(&self) -> bool {
+        !self.crashes && !self.partitions && self.network.break_connection == 0.0
+    }
+}
+
+/// What was seen in one run.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Every rule that was broken, with who and when.
+    pub violations: Vec<String>,
+    /// Requests whose every token came.
+    pub complete: usize,
+    /// Requests that were cancelled, failed or lost.
+    pub ended_early: usize,
+    /// Requests that failed because a flipped bit was noticed.
+    pub corrupt: usize,
+    /// Simulated seconds.
+    pub seconds: f64,
+}
+
+struct Actor {
+    kind: Kind,
+    inbox: tandem_node::InboxSender,
+    made_up: Arc<Mutex<Vec<Event>>>,
+    /// When it has to be called, if nothing happens before. None: only when something happens.
+    wake: Option<Time>,
+    /// Computing until then.
+    busy_until: Time,
+}
+
+enum Kind {
+    Prefill(prefill_node::Node),
+    Decode(decode_node::Node),
+}
+
+struct World {
+    rng: Rng,
+    weather: Weather,
+    broken: Option<Break>,
+    network: SimNetwork,
+    clock: Clock,
+    hand: ClockHand,
+    seen: SharedSeen,
+    actors: BTreeMap<NodeId, Actor>,
+    next_node: u64,
+    requests: Requests,
+    plans: Vec<Plan>,
+    /// Faults and repairs that are still to come, soonest last.
+    faults: Vec<(Time, Fault)>,
+    connected: Vec<NodeId>,
+    /// Keeps the router on the network.
+    _router_end: SimTransport,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Crash,
+    Partition,
+    Heal(NodeId, NodeId),
+    Dial(NodeId),
+}
+
+/// Plays one seed.
+#[must_use]
+pub fn run(seed: u64, weather: Weather, broken: Option<Break>) -> Outcome {
+    World::new(seed, weather, broken).play()
+}
+
+impl World {
+    fn new(seed: u64, weather: Weather, broken: Option<Break>) -> World {
+        let network = SimNetwork::new(seed, weather.network.clone());
+        let (clock, hand) = Clock::told();
+        let router_end = network.transport(ROUTER);
+        let mut world = World {
+            rng: Rng(seed ^ 0x7461_6e64_656d),
+            weather,
+            broken,
+            network,
+            clock,
+            hand,
+            _router_end: router_end,
+            seen: SharedSeen::default(),
+            actors: BTreeMap::new(),
+            next_node: 10,
+            requests: Requests::default(),
+            plans: Vec::new(),
+            faults: Vec::new(),
+            connected: Vec::new(),
+        };
+        for _ in 0..world.rng.between(1, 2) {
+            world.start(true);
+        }
+        for _ in 0..world.rng.between(1, 2) {
+            world.start(false);
+        }
+        world.plan();
+        world
+    }
+
+    /// Starts a node, with so little room that every queue is full at times.
+    fn start(&mut self, prefill: bool) {
+        let node = NodeId(self.next_node);
+        self.next_node += 1;
+        let transport = WatchedTransport::new(node, &self.network, Arc::clone(&self.seen), self.broken);
+        let made_up = transport.made_up();
+        let (sender, inbox) = inbox(4096);
+        let cluster = Box::new(SimCluster {
+            node,
+            network: self.network.clone(),
+            seen: Arc::clone(&self.seen),
+            broken: self.broken,
+        });
+        let engine = Box::new(ChainEngine::new(MAX_POSITIONS));
+        let layer_bytes = SHAPE.packed_bytes(SHAPE.chunk_tokens) / SHAPE.layers as usize;
+        let clock = self.clock.clone();
+        let kind = if prefill {
+            let pages = self.rng.between(30, 60) as u32;
+            let kv = KvPages::new(SHAPE, pages).expect("a small pool");
+            let staging = self.rng.between(2, 6) as usize * layer_bytes;
+            let outbound =
+                prefill_node::Outbound::new(clock, cluster, inbox, Box::new(transport), SHAPE, staging)
+                    .expect("memory");
+            let step_tokens = SHAPE.chunk_tokens * self.rng.between(1, 4) as u32;
+            let limits = prefill_node::Limits {
+                step_tokens,
+                max_waiting: 64,
+            };
+            Kind::Prefill(prefill_node::Node::new(engine, kv, outbound, limits))
+        } else {
+            let pages = self.rng.between(45, 90) as u32;
+            let kv = KvPages::new(SHAPE, pages).expect("a small pool");
+            let landing = self.rng.between(2, 8) as usize * SHAPE.packed_bytes(SHAPE.chunk_tokens);
+            let inbound =
+                decode_node::Inbound::new(clock, cluster, inbox, Box::new(transport), SHAPE, landing)
+                    .expect("memory");
+            let limits = decode_node::Limits {
+                max_requests: 64,
+                max_batch: self.rng.between(2, 9) as usize,
+            };
+            Kind::Decode(decode_node::Node::new(engine, kv, inbound, limits))
+        };
+        let now = self.network.now();
+        self.actors.insert(
+            node,
+            Actor {
+                kind,
+                inbox: sender,
+                made_up,
+                wake: Some(now),
+                busy_until: now,
+            },
+        );
+        self.network.connect_control(node, ROUTER);
+    }
+
+    /// Draws the requests and the faults of this run.
+    fn plan(&mut self) {
+        let mut at = Time(20_000);
+        let bursts = self.rng.chance(0.5);
+        for _ in 0..self.rng.between(8, 30) {
+            at = at.after_us(if bursts && self.rng.chance(0.8) {
+                50
+            } else {
+                self.rng.between(100, 150_000)
+            });
+            let len = match self.rng.between(0, 3) {
+                0 => self.rng.between(1, 9),
+                1 => self.rng.between(1, 40),
+                _ => self.rng.between(20, 100),
+            } as u32;
+            let differs = self.rng.between(0, u64::from(len)) as u32;
+            let cancels = self.weather.cancels && self.rng.chance(0.3);
+            self.plans.push(Plan {
+                at,
+                prompt: prompt(self.rng.between(1, 3), len, differs),
+                choices: if self.rng.chance(0.2) { 2 } else { 1 },
+                max_tokens: self.rng.between(1, 12) as u32,
+                cancel_at: cancels.then(|| at.after_us(self.rng.between(0, 60_000))),
+            });
+        }
+        for _ in 0..if self.weather.crashes {
+            self.rng.between(0, 3)
+        } else {
+            0
+        } {
+            self.faults
+                .push((Time(self.rng.between(20_000, at.0 + 500_000)), Fault::Crash));
+        }
+        for _ in 0..if self.weather.partitions {
+            self.rng.between(0, 3)
+        } else {
+            0
+        } {
+            self.faults
+                .push((Time(self.rng.between(20_000, at.0 + 500_000)), Fault::Partition));
+        }
+        self.plans.sort_by_key(|plan| std::cmp::Reverse(plan.at));
+        self.sort_faults();
+    }
+
+    fn sort_faults(&mut self) {
+        self.faults.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
+    }
+
+    fn play(mut self) -> Outcome {
+        let mut at_rest_since = None;
+        loop {
+            let now = self.network.now();
+            let open = !self.plans.is_empty() || self.requests.made.values().any(|made| made.end.is_none());
+            let since = *at_rest_since.get_or_insert(now);
+            if open {
+                at_rest_since = None;
+            } else if now.since_us(since) > REST_US || self.is_at_rest() && now.since_us(since) > 1_000_000 {
+                break;
+            }
+            let next = self.next_moment(now);
+            self.network.advance(next);
+            self.hand.set(next);
+            self.play_faults(next);
+            self.play_router(next);
+            self.play_nodes(next);
+            self.check_deadlines(next);
+            if self.requests.violations.len() > 20 {
+                break;
+            }
+        }
+        self.check_rest();
+        self.outcome()
+    }
+
+    /// When something happens next; a little later than now at least.
+    fn next_moment(&self, now: Time) -> Time {
+        let nodes = self
+            .actors
+            .values()
+            .filter_map(|actor| actor.wake.map(|wake| wake.max(actor.busy_until)));
+        let busy = self
+            .actors
+            .iter()
+            .filter(|(node, _)| self.network.has_events(**node))
+            .map(|(_, a)| a.busy_until);
+        let plans = self.plans.last().map(|plan| plan.at);
+        let cancels = self
+            .requests
+            .made
+            .values()
+            .filter(|made| made.end.is_none())
+            .filter_map(|made| made.plan.cancel_at);
+        let faults = self.faults.last().map(|(at, _)| *at);
+        let next = nodes
+            .chain(busy)
+            .chain(plans)
+            .chain(cancels)
+            .chain(faults)
+            .chain(self.network.next_at())
+            .min();
+        // Half a second when nothing is due: deadlines are checked by the clock.
+        next.unwrap_or(now.after_us(500_000))
+            .max(now.after_us(1))
+            .min(now.after_us(500_000))
+    }
+
+    fn play_faults(&mut self, now: Time) {
+        while let Some((_, fault)) = self.faults.pop_if(|(at, _)| *at <= now) {
+            let nodes: Vec<_> = self.actors.keys().copied().collect();
+            match fault {
+                Fault::Crash => {
+                    let victim = nodes[self.rng.between(0, nodes.len() as u64 - 1) as usize];
+                    let actor = self.actors.remove(&victim).expect("it was listed");
+                    self.network.crash(victim);
+                    self.start(matches!(actor.kind, Kind::Prefill(_)));
+                }
+                Fault::Partition => {
+                    let all: Vec<_> = nodes.iter().copied().chain([ROUTER]).collect();
+                    let a = all[self.rng.between(0, all.len() as u64 - 1) as usize];
+                    let b = all[self.rng.between(0, all.len() as u64 - 1) as usize];
+                    if a != b {
+                        self.network.partition(a, b);
+                        let heal = now.after_us(self.rng.between(10_000, 2_500_000));
+                        self.faults.push((heal, Fault::Heal(a, b)));
+                        self.sort_faults();
+                    }
+                }
+                Fault::Heal(a, b) => self.network.heal(a, b),
+                Fault::Dial(node) => self.network.connect_control(node, ROUTER),
+            }
+        }
+    }
+
+    fn play_router(&mut self, now: Time) {
+        let mut events = Vec::new();
+        self.network.poll_control(ROUTER, &mut events);
+        for event in events {
+            match event {
+                ControlEvent::Up { peer, .. } => self.connected.push(peer),
+                ControlEvent::Down { peer, .. } => {
+                    self.connected.retain(|node| *node != peer);
+                    self.requests.node_lost(peer, &self.network, ROUTER);
+                }
+                ControlEvent::Frame { bytes, .. } => {
+                    let message = wire::decode(&bytes).expect("nodes encode what they send");
+                    self.requests.message(message, &self.network, ROUTER);
+                }
+            }
+        }
+        while let Some(mut plan) = self.plans.pop_if(|plan| plan.at <= now) {
+            let up = |prefill: bool| {
+                let is = |node: &&NodeId| {
+                    self.actors
+                        .get(node)
+                        .is_some_and(|actor| matches!(actor.kind, Kind::Prefill(_)) == prefill)
+                };
+                self.connected.iter().filter(is).copied().collect::<Vec<_>>()
+            };
+            let (prefill, decode) = (up(true), up(false));
+            if prefill.is_empty() || decode.is_empty() {
+                let wait = 50_000;
+                plan.at = now.after_us(wait);
+                plan.cancel_at = plan.cancel_at.map(|at| at.after_us(wait));
+                self.plans.push(plan);
+                self.plans.sort_by_key(|plan| std::cmp::Reverse(plan.at));
+                continue;
+            }
+            let prefill = prefill[self.rng.between(0, prefill.len() as u64 - 1) as usize];
+            let decode = decode[self.rng.between(0, decode.len() as u64 - 1) as usize];
+            self.requests.make(plan, &self.network, ROUTER, prefill, decode);
+        }
+        let is_due = |made: &super::router::Made| {
+            made.end.is_none() && made.plan.cancel_at.is_some_and(|at| at <= now)
+        };
+        let due: Vec<_> = self
+            .requests
+            .made
+            .iter()
+            .filter(|(_, made)| is_due(made))
+            .map(|(id, _)| *id)
+            .collect();
+        for request in due {
+            self.requests.end(request, End::Cancelled, &self.network, ROUTER);
+        }
+    }
+
+    fn play_nodes(&mut self, now: Time) {
+        for node in self.actors.keys().copied().collect::<Vec<_>>() {
+            self.deliver(node, now);
+        }
+        let injected = std::mem::take(&mut self.seen.lock().expect("one thread").injected);
+        for (node, event) in injected {
+            if let Some(actor) = self.actors.get_mut(&node) {
+                actor.inbox.try_send(event).expect("room in the inbox");
+                actor.wake = Some(now);
+            }
+        }
+        for node in self.actors.keys().copied().collect::<Vec<_>>() {
+            self.turn(node, now);
+        }
+    }
+
+    /// Puts what the control channel has for a node into its inbox, and breaks what is to be broken there.
+    fn deliver(&mut self, node: NodeId, now: Time) {
+        if !self.network.has_events(node) {
+            return;
+        }
+        let mut events = Vec::new();
+        self.network.poll_control(node, &mut events);
+        let actor = self.actors.get_mut(&node).expect("it is an actor");
+        actor.wake = Some(now);
+        for event in events {
+            let event = match event {
+                ControlEvent::Up { peer: ROUTER, .. } => NodeEvent::RouterUp { router: ROUTER },
+                ControlEvent::Up { peer, .. } => NodeEvent::Up { peer },
+                ControlEvent::Down { peer, reason } => {
+                    if peer == ROUTER {
+                        self.faults.push((now.after_us(20_000), Fault::Dial(node)));
+                        self.faults.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
+                    }
+                    NodeEvent::Down { peer, reason }
+                }
+                ControlEvent::Frame { peer, bytes, .. } => {
+                    let message = wire::decode(&bytes).expect("nodes encode what they send");
+                    match (&message, self.broken) {
+                        (Message::Handoff(Handoff::Cancel { request }), Some(Break::FencedTooSoon)) => {
+                            let fenced = Message::Handoff(Handoff::Fenced {
+                                request: *request,
+                                error: None,
+                            });
+                            let frame = wire::encode(&fenced).expect("within bounds");
+                            let _ = self.network.send(node, peer, tandem_node::lane(&fenced), frame);
+                        }
+                        (
+                            Message::Handoff(Handoff::ChunkDone { token, .. }),
+                            Some(Break::DoneBeforeAllBytes),
+                        ) => {
+                            claim_landed(&actor.made_up, peer, *token);
+                        }
+                        _ => {}
+                    }
+                    NodeEvent::Message { from: peer, message }
+                }
+            };
+            actor.inbox.try_send(event).expect("room in the inbox");
+        }
+    }
+
+    fn turn(&mut self, node: NodeId, now: Time) {
+        let actor = self.actors.get_mut(&node).expect("it is an actor");
+        if actor.busy_until > now || actor.wake.is_none_or(|wake| wake > now) {
+            return;
+        }
+        let next = match &mut actor.kind {
+            Kind::Prefill(prefill) => prefill.turn(),
+            Kind::Decode(decode) => decode.turn(),
+        };
+        actor.wake = match next {
+            Next::Again => Some(now),
+            Next::Wait(until) => until.map(|time| time.max(now.after_us(1))),
+            Next::Finished => {
+                self.requests
+                    .violations
+                    .push(format!("{node:?} stopped by itself"));
+                None
+            }
+        };
+        let poked = std::mem::take(&mut self.seen.lock().expect("one thread").poked);
+        if next == Next::Again || poked.contains(&node) {
+            actor.wake = Some(now);
+            actor.busy_until = now.after_us(self.rng.between(50, 2_000));
+        }
+    }
+
+    fn check_deadlines(&mut self, now: Time) {
+        for (request, made) in &self.requests.made {
+            let due = made
+                .plan
+                .at
+                .after_us(u64::from(GENERATION_TIMEOUT_MS) * 1000 + 1_000_000);
+            // A router that cannot reach a node learns so from the connection, within its own time.
+            if made.end.is_none() && now > due {
+                self.requests
+                    .violations
+                    .push(format!("{request:?} is open after its deadline"));
+                break;
+            }
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.actors.values().all(|actor| actor.leaks().is_none())
+    }
+
+    /// After the last request ended, and every timeout passed: nobody holds anything.
+    fn check_rest(&mut self) {
+        for (node, actor) in &self.actors {
+            if let Some(leak) = actor.leaks() {
+                self.requests.violations.push(format!("{node:?} at rest: {leak}"));
+            }
+        }
+        let seen = self.seen.lock().expect("one thread");
+        for writer in &seen.refused {
+            let what = format!("a write of {writer:?} was refused: its slot was freed while it was written");
+            self.requests.violations.push(what);
+        }
+        if self.weather.is_harmless() {
+            for (who, whom) in &seen.severs {
+                self.requests
+                    .violations
+                    .push(format!("{who:?} severed {whom:?}, which was healthy"));
+            }
+        }
+        for (request, made) in &self.requests.made {
+            let Some(End::Failed(error)) = &made.end else {
+                continue;
+            };
+            let allowed = match error {
+                RequestError::Corrupt(_) => self.weather.network.corrupt > 0.0,
+                RequestError::PeerLost(_) | RequestError::Deadline(_) => !self.weather.is_harmless(),
+                // A prefill node that was told of a cancel by the decode node before the router's own came.
+                RequestError::Internal(why) => {
+                    !self.weather.is_harmless() && why.contains("gave the request up")
+                }
+                RequestError::Busy(_) | RequestError::Invalid(_) => false,
+            };
+            if !allowed {
+                self.requests
+                    .violations
+                    .push(format!("{request:?} failed for no reason: {error}"));
+            }
+        }
+    }
+
+    fn outcome(self) -> Outcome {
+        let count = |is: fn(&End) -> bool| {
+            self.requests
+                .made
+                .values()
+                .filter(|made| made.end.as_ref().is_some_and(is))
+                .count()
+        };
+        Outcome {
+            complete: count(|end| *end == End::Complete),
+            ended_early: count(|end| *end != End::Complete),
+            corrupt: count(|end| matches!(end, End::Failed(RequestError::Corrupt(_)))),
+            seconds: self.network.now().0 as f64 / 1e6,
+            violations: self.requests.violations,
+        }
+    }
+}
+
+impl Actor {
+    /// What the node holds although it has nothing to do.
+    fn leaks(&self) -> Option<String> {
+        let (load, under_way) = match &self.kind {
+            Kind::Prefill(node) => (node.load(), node.under_way()),
+            Kind::Decode(node) => (node.load(), node.under_way()),
+        };
+        let idle = load.running == 0
+            && load.waiting == 0
+            && load.free_pages == load.pages
+            && load.free_slots == load.slots
+            && under_way == (0, 0);
+        (!idle).then(|| format!("{load:?}, under way {under_way:?}"))
+    }
+}
+
+/// Chance, the same for a seed always.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn between(&mut self, low: u64, high: u64) -> u64 {
+        low + self.next() % (high - low + 1)
+    }
+
+    fn chance(&mut self, probability: f64) -> bool {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64 <= probability
+    }
+}

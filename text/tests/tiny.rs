@@ -1,0 +1,134 @@
+//! The tokenizer and template of `models/tiny` against what transformers made of the same input.
+
+use proptest::prelude::*;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use tandem_proto::ids::TokenId;
+use tandem_text::{ChatInput, Detokenizer, TextModel};
+
+static TINY: LazyLock<TextModel> = LazyLock::new(|| TextModel::load(&dir()).unwrap());
+
+fn dir() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/tiny")
+}
+
+fn tokens(value: &Value) -> Vec<TokenId> {
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| TokenId(id.as_u64().unwrap() as u32))
+        .collect()
+}
+
+/// Detokenizes token by token; the pieces must hold whole characters, which the type itself asserts.
+fn stream(tokens: &[TokenId], skip: bool) -> String {
+    let mut detokenizer = Detokenizer::new(skip);
+    let mut text: String = tokens
+        .iter()
+        .map(|token| detokenizer.push(&TINY.tokenizer, *token).unwrap())
+        .collect();
+    text.push_str(&detokenizer.finish(&TINY.tokenizer).unwrap());
+    text
+}
+
+#[test]
+fn golden_prompts_and_answers() {
+    let golden: Value = serde_json::from_slice(&std::fs::read(dir().join("golden.json")).unwrap()).unwrap();
+    for case in golden["cases"].as_array().unwrap() {
+        let name = case["name"].as_str().unwrap();
+        let mut prompt = case["prompt_text"].as_str().unwrap().to_owned();
+        if let Some(messages) = case["messages"].as_array() {
+            let input = ChatInput {
+                messages: messages.clone(),
+                add_generation_prompt: true,
+                ..Default::default()
+            };
+            let text = TINY.template.as_ref().unwrap().render(&input).unwrap();
+            assert_eq!(text, prompt, "{name}");
+            prompt = text;
+        }
+        assert_eq!(
+            TINY.tokenizer.encode(&prompt, false).unwrap(),
+            tokens(&case["input_ids"]),
+            "{name}"
+        );
+        assert_eq!(
+            stream(&tokens(&case["greedy_ids"]), true),
+            case["greedy_text"].as_str().unwrap(),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn settings_come_from_the_files() {
+    assert_eq!((TINY.max_positions, TINY.vocab_size), (8192, 4096));
+    assert_eq!(TINY.defaults.max_new_tokens, Some(256));
+    assert_eq!(TINY.defaults.end_tokens, [TokenId(1)]);
+    assert_eq!(TINY.defaults.temperature, None);
+}
+
+#[test]
+fn special_tokens_in_text_are_special_and_can_be_shown() {
+    let ids = TINY.tokenizer.encode("a<|eot|>b", false).unwrap();
+    assert_eq!(ids[1], TokenId(1));
+    assert_eq!(stream(&ids, true), "ab");
+    assert_eq!(stream(&ids, false), "a<|eot|>b");
+    assert_eq!(TINY.tokenizer.token_bytes(TokenId(1)), b"<|eot|>");
+}
+
+#[test]
+fn a_character_never_comes_in_halves() {
+    let text = "naïve 🦀🚀 漢字 – e\u{301} \u{fffd} end";
+    let ids = TINY.tokenizer.encode(text, false).unwrap();
+    let mut detokenizer = Detokenizer::new(true);
+    let mut pieces: Vec<String> = ids
+        .iter()
+        .map(|token| detokenizer.push(&TINY.tokenizer, *token).unwrap())
+        .collect();
+    assert!(
+        pieces.iter().filter(|piece| piece.contains('\u{fffd}')).count() <= 1,
+        "{pieces:?}"
+    );
+    pieces.push(detokenizer.finish(&TINY.tokenizer).unwrap());
+    assert_eq!(pieces.concat(), text);
+}
+
+#[test]
+fn bytes_that_are_no_text_do_not_pile_up() {
+    // The byte 0xff, over and over: never a character, and never the start of one.
+    let byte = TINY.tokenizer.token_id("ÿ").unwrap();
+    assert_eq!(TINY.tokenizer.token_bytes(byte), [0xff]);
+    let mut detokenizer = Detokenizer::new(true);
+    let mut count = 0;
+    for _ in 0..1000 {
+        count += detokenizer.push(&TINY.tokenizer, byte).unwrap().chars().count();
+    }
+    assert!(count >= 900, "{count}");
+    assert_eq!(
+        count + detokenizer.finish(&TINY.tokenizer).unwrap().chars().count(),
+        1000
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn text_survives_the_round_trip(text in "\\PC{0,80}") {
+        prop_assume!(!text.contains("<|"));
+        let ids = TINY.tokenizer.encode(&text, false).unwrap();
+        prop_assert_eq!(&stream(&ids, true), &text);
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| TINY.tokenizer.token_bytes(*id)).collect();
+        prop_assert_eq!(bytes, text.as_bytes());
+    }
+
+    #[test]
+    fn any_tokens_stream_to_the_text_of_all(ids in prop::collection::vec(0u32..4096, 0..60)) {
+        let ids: Vec<TokenId> = ids.into_iter().map(TokenId).collect();
+        let whole = TINY.tokenizer.decode(&ids, true).unwrap();
+        prop_assert_eq!(stream(&ids, true), whole);
+    }
+}

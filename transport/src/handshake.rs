@@ -1,0 +1,252 @@
+//! What both ends of a new connection say first: who they are, and which connection stays when both dialled.
+//!
+//! On the connection's first stream: the dialler's [`Hello`], the answerer's [`Hello`], the dialler's
+//! confirmation with the last life that it saw end, the answerer's verdict. A pair of nodes has one life at a
+//! time in each plane; [`admits`] decides between two.
+
+use quinn::{Connection, RecvStream, SendStream, VarInt};
+use tandem_proto::ids::NodeId;
+
+/// The version of everything below the messages: handshake, framing, write headers.
+pub(crate) const VERSION: u16 = 1;
+
+const MAGIC: [u8; 4] = *b"tndm";
+const HELLO_BYTES: usize = 4 + 2 + 8 + 8 + 2 + 2 + 2 * MAX_PORTS;
+
+/// The most sockets that a node's data plane has.
+pub(crate) const MAX_PORTS: usize = 16;
+
+/// Why a connection was closed, on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub(crate) enum CloseCode {
+    /// The node closed it, or stopped.
+    Goodbye = 0,
+    /// It is not needed: another one is kept.
+    Settled = 1,
+    /// The other side broke the rules.
+    Rules = 2,
+}
+
+impl From<CloseCode> for VarInt {
+    fn from(code: CloseCode) -> VarInt {
+        VarInt::from_u32(code as u32)
+    }
+}
+
+/// How each side introduces itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Hello {
+    pub(crate) node: NodeId,
+    /// Drawn by the dialler; names this connection, or all connections of one life.
+    pub(crate) life: u64,
+    /// Which of the life's connections this is.
+    pub(crate) part: u16,
+    /// How many it has.
+    pub(crate) parts: u16,
+    /// The UDP ports of the sender's data plane; 0 marks the end.
+    pub(crate) ports: [u16; MAX_PORTS],
+}
+
+/// Why two nodes do not understand each other.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum HandshakeError {
+    #[error("{0}")]
+    Connection(#[from] quinn::ConnectionError),
+    #[error("the peer left during the handshake: {0}")]
+    Read(#[from] quinn::ReadExactError),
+    #[error("the peer left during the handshake: {0}")]
+    Write(#[from] quinn::WriteError),
+    #[error("it does not speak this protocol")]
+    Magic,
+    #[error("it speaks transport version {0}, this build speaks {VERSION}: run the same build everywhere")]
+    Version(u16),
+}
+
+impl Hello {
+    fn encode(&self) -> [u8; HELLO_BYTES] {
+        let mut out = [0; HELLO_BYTES];
+        let mut at = 0;
+        let mut put = |bytes: &[u8]| {
+            out[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        put(&MAGIC);
+        put(&VERSION.to_le_bytes());
+        put(&self.node.0.to_le_bytes());
+        put(&self.life.to_le_bytes());
+        put(&self.part.to_le_bytes());
+        put(&self.parts.to_le_bytes());
+        self.ports.iter().for_each(|port| put(&port.to_le_bytes()));
+        out
+    }
+
+    fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HandshakeError> {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u64_at = |at: usize| {
+            let mut raw = [0; 8];
+            raw.copy_from_slice(&bytes[at..at + 8]);
+            u64::from_le_bytes(raw)
+        };
+        if bytes[..4] != MAGIC {
+            return Err(HandshakeError::Magic);
+        }
+        if u16_at(4) != VERSION {
+            return Err(HandshakeError::Version(u16_at(4)));
+        }
+        Ok(Hello {
+            node: NodeId(u64_at(6)),
+            life: u64_at(14),
+            part: u16_at(22),
+            parts: u16_at(24),
+            ports: std::array::from_fn(|i| u16_at(26 + 2 * i)),
+        })
+    }
+}
+
+/// A handshake under way, on the connection's first stream.
+pub(crate) struct Exchange {
+    pub(crate) send: SendStream,
+    pub(crate) recv: RecvStream,
+    /// The other side's introduction.
+    pub(crate) peer: Hello,
+}
+
+impl Exchange {
+    /// The dialler's beginning.
+    pub(crate) async fn dial(connection: &Connection, local: &Hello) -> Result<Exchange, HandshakeError> {
+        let (mut send, mut recv) = connection.open_bi().await?;
+        send.write_all(&local.encode()).await?;
+        let peer = read_hello(&mut recv).await?;
+        Ok(Exchange { send, recv, peer })
+    }
+
+    /// The answerer's beginning.
+    pub(crate) async fn answer(connection: &Connection, local: &Hello) -> Result<Exchange, HandshakeError> {
+        let (mut send, mut recv) = connection.accept_bi().await?;
+        let peer = read_hello(&mut recv).await?;
+        send.write_all(&local.encode()).await?;
+        Ok(Exchange { send, recv, peer })
+    }
+
+    /// The dialler's decision for this connection, and the answerer's verdict on it.
+    pub(crate) async fn confirm(&mut self, last_ended: u64) -> Result<bool, HandshakeError> {
+        self.send.write_all(&last_ended.to_le_bytes()).await?;
+        let mut verdict = [0];
+        self.recv.read_exact(&mut verdict).await?;
+        Ok(verdict == [1])
+    }
+
+    /// The last life that the dialler saw end.
+    pub(crate) async fn confirmation(&mut self) -> Result<u64, HandshakeError> {
+        let mut last_ended = [0; 8];
+        self.recv.read_exact(&mut last_ended).await?;
+        Ok(u64::from_le_bytes(last_ended))
+    }
+
+    pub(crate) async fn verdict(&mut self, admitted: bool) -> Result<(), HandshakeError> {
+        Ok(self.send.write_all(&[u8::from(admitted)]).await?)
+    }
+}
+
+async fn read_hello(recv: &mut RecvStream) -> Result<Hello, HandshakeError> {
+    let mut bytes = [0; HELLO_BYTES];
+    recv.read_exact(&mut bytes).await?;
+    Hello::decode(&bytes)
+}
+
+/// What the answerer has with the dialler already.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Standing {
+    Nothing,
+    /// It dials too, and has `confirmed` if it has sent its confirmation.
+    Dialling {
+        confirmed: bool,
+    },
+    /// There is a life, as far as the answerer knows.
+    Life {
+        life: u64,
+        dialled_here: bool,
+    },
+}
+
+/// Whether the answerer admits a confirmed connection; what it has gives way then. Both sides come to the
+/// same end, whatever crosses on the way: the smaller id's dial wins.
+pub(crate) fn admits(local: NodeId, dialler: NodeId, standing: Standing, last_ended: u64) -> bool {
+    match standing {
+        Standing::Nothing | Standing::Dialling { confirmed: false } => true,
+        // Both verdicts are open: each side decides for the same one.
+        Standing::Dialling { confirmed: true } => dialler < local,
+        // It would not dial if it had what it dialled before.
+        Standing::Life {
+            dialled_here: false, ..
+        } => true,
+        // It admitted what was dialled here. Either that has ended for it since, or its confirmation is older
+        // than that.
+        Standing::Life {
+            life,
+            dialled_here: true,
+        } => last_ended == life,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hello_survives_the_wire() {
+        let hello = Hello {
+            node: NodeId(u64::MAX - 1),
+            life: 42,
+            part: 3,
+            parts: 9,
+            ports: [7; MAX_PORTS],
+        };
+        assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
+        let mut other = hello.encode();
+        other[4] = 9;
+        assert!(matches!(Hello::decode(&other), Err(HandshakeError::Version(9))));
+        other[0] = 0;
+        assert!(matches!(Hello::decode(&other), Err(HandshakeError::Magic)));
+    }
+
+    /// Both dial at once; the confirmations and verdicts cross in every order.
+    #[test]
+    fn both_sides_keep_the_same_connection() {
+        let (small, large) = (NodeId(1), NodeId(2));
+        let both = Standing::Dialling { confirmed: true };
+        assert!(admits(large, small, both, 0));
+        assert!(!admits(small, large, both, 0));
+        // The large one admitted the small one's dial (life 5); its own confirmation arrives late.
+        assert!(!admits(
+            small,
+            large,
+            Standing::Life {
+                life: 5,
+                dialled_here: true
+            },
+            0
+        ));
+        // It saw life 5 end, and dials anew.
+        assert!(admits(
+            small,
+            large,
+            Standing::Life {
+                life: 5,
+                dialled_here: true
+            },
+            5
+        ));
+        // The dialler of what is kept dials again: it must have lost it.
+        assert!(admits(
+            large,
+            small,
+            Standing::Life {
+                life: 5,
+                dialled_here: false
+            },
+            0
+        ));
+    }
+}

@@ -1,0 +1,32 @@
+//! What moves bytes between the nodes of a cluster.
+//!
+//! - [`Transport`] moves KV: straight from memory here into memory that the peer opened for it. Its contract
+//!   is written at the trait, and every backend passes the same test of it (`tests/contract`).
+//! - [`QuicTransport`] is the backend that runs everywhere: QUIC over UDP.
+//! - [`control`] carries messages, as frames of bytes.
+//! - [`Identity`] says who belongs to the cluster: nobody else is talked to, on either plane.
+//! - [`sim`] is the backend of tests: one thread, simulated time, every fault, the same for a seed always.
+//!
+//! It never decides what is sent where, never looks into the bytes, and never waits for the node loop.
+//! Unsafe code is confined to the two places where leased memory becomes a slice.
+#![deny(unsafe_code)]
+
+pub mod control;
+mod endpoint;
+mod events;
+mod handshake;
+mod identity;
+mod lent;
+mod quic;
+mod rng;
+pub mod sim;
+mod transport;
+mod window;
+
+pub use endpoint::{BindError, Tuning};
+pub use identity::{Identity, IdentityError};
+pub use quic::{QuicConfig, QuicMetrics, QuicTransport};
+pub use tandem_proto::wire::Window;
+pub use transport::{
+    Event, FailReason, RegionId, SeverReason, SubmitError, Transport, TransportError, Write,
+};

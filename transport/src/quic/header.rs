@@ -1,0 +1,135 @@
+//! What precedes each write on its stream, and what the reader answers.
+
+use crate::handshake::VERSION;
+use tandem_proto::wire::Window;
+
+pub(super) const HEADER_BYTES: usize = 58;
+pub(super) const ACK_BYTES: usize = 9;
+
+/// Announces a write. Its bytes follow until the end of the stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Header {
+    pub(super) window: Window,
+    /// Where in the window the first byte goes.
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) immediate: u32,
+    /// Names the write in its acknowledgement.
+    pub(super) sequence: u64,
+}
+
+/// The fate of a write, told by the side where it was to land.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Ack {
+    pub(super) sequence: u64,
+    pub(super) landed: bool,
+}
+
+fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+    let (head, rest) = bytes.split_first_chunk::<N>()?;
+    *bytes = rest;
+    Some(*head)
+}
+
+impl Header {
+    pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut out = [0; HEADER_BYTES];
+        let mut at = 0;
+        let mut put = |bytes: &[u8]| {
+            out[at..at + bytes.len()].copy_from_slice(bytes);
+            at += bytes.len();
+        };
+        put(&VERSION.to_le_bytes());
+        put(&self.window.region.to_le_bytes());
+        put(&self.window.key.to_le_bytes());
+        put(&self.window.offset.to_le_bytes());
+        put(&self.window.len.to_le_bytes());
+        put(&self.offset.to_le_bytes());
+        put(&self.len.to_le_bytes());
+        put(&self.immediate.to_le_bytes());
+        put(&self.sequence.to_le_bytes());
+        out
+    }
+
+    /// None if it is another version's.
+    pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
+        let mut rest = &bytes[..];
+        if u16::from_le_bytes(take(&mut rest)?) != VERSION {
+            return None;
+        }
+        Some(Header {
+            window: Window {
+                region: u32::from_le_bytes(take(&mut rest)?),
+                key: u64::from_le_bytes(take(&mut rest)?),
+                offset: u64::from_le_bytes(take(&mut rest)?),
+                len: u64::from_le_bytes(take(&mut rest)?),
+            },
+            offset: u64::from_le_bytes(take(&mut rest)?),
+            len: u64::from_le_bytes(take(&mut rest)?),
+            immediate: u32::from_le_bytes(take(&mut rest)?),
+            sequence: u64::from_le_bytes(take(&mut rest)?),
+        })
+    }
+}
+
+impl Ack {
+    pub(super) fn encode(self) -> [u8; ACK_BYTES] {
+        let mut out = [0; ACK_BYTES];
+        out[..8].copy_from_slice(&self.sequence.to_le_bytes());
+        out[8] = u8::from(self.landed);
+        out
+    }
+
+    /// None if the fate is none that there is.
+    pub(super) fn decode(bytes: &[u8; ACK_BYTES]) -> Option<Ack> {
+        let mut rest = &bytes[..];
+        let sequence = u64::from_le_bytes(take(&mut rest)?);
+        match rest {
+            [0] => Some(Ack {
+                sequence,
+                landed: false,
+            }),
+            [1] => Some(Ack {
+                sequence,
+                landed: true,
+            }),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_and_acks_survive_the_wire() {
+        let header = Header {
+            window: Window {
+                region: 1,
+                key: u64::MAX - 2,
+                offset: 3,
+                len: 4,
+            },
+            offset: 5,
+            len: 6,
+            immediate: u32::MAX - 7,
+            sequence: 8,
+        };
+        let bytes = header.encode();
+        assert_eq!(
+            bytes[HEADER_BYTES - 8..],
+            8u64.to_le_bytes(),
+            "the header fills its bytes"
+        );
+        assert_eq!(Header::decode(&bytes), Some(header));
+        let mut other = bytes;
+        other[0] ^= 0xff;
+        assert_eq!(Header::decode(&other), None);
+        for landed in [false, true] {
+            let ack = Ack { sequence: 77, landed };
+            assert_eq!(Ack::decode(&ack.encode()), Some(ack));
+        }
+        assert_eq!(Ack::decode(&[2; ACK_BYTES]), None);
+    }
+}

@@ -1,0 +1,349 @@
+//! The QUIC backend: encrypted writes over UDP, between any two hosts.
+//!
+//! A pair of nodes has several connections. Each write travels on a stream of its own: a header, then the
+//! bytes, which go from the source into QUIC's packets and from them into the window, wherever they belong,
+//! in whatever order they come. The reader answers on a return stream when all of them have landed.
+//!
+//! Threads of its own do the work, each with a socket and a single-threaded runtime; the node loop only
+//! touches queues.
+
+mod header;
+mod life;
+mod link;
+mod node;
+
+use crate::endpoint::{BindError, Bound, Streams, Tuning};
+use crate::handshake::{CloseCode, MAX_PORTS};
+use crate::identity::Identity;
+use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
+use node::{Node, Worker};
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::{Arc, mpsc};
+use std::task::Waker;
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tandem_memory::HostRegion;
+use tandem_proto::ids::NodeId;
+use tandem_proto::wire::Window;
+use tokio::sync::watch;
+
+const PROTOCOL: &[u8] = b"tandem-data/1";
+
+/// How long stopping waits for the peers to be told.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// How the QUIC backend works.
+#[derive(Clone, Debug)]
+pub struct QuicConfig {
+    /// Threads, each with a socket of its own. One carries about half a gigabyte a second; more help where
+    /// there are cores to spare for them.
+    pub threads: usize,
+    /// Connections to each peer, spread over the threads of both sides. Each recovers from loss by itself.
+    pub connections: usize,
+    /// Writes that are sent at once on each connection. More would only mix their bytes.
+    pub streams: usize,
+    /// Unreported writes to one peer, at most.
+    pub write_limit: usize,
+    /// Events that the node loop has not polled, at most: when there are more, peers are kept waiting.
+    pub event_limit: usize,
+    /// How long connecting may take.
+    pub connect_timeout: Duration,
+    /// Connections with all peers, at most.
+    pub connection_limit: usize,
+    /// How QUIC is tuned.
+    pub tuning: Tuning,
+}
+
+impl Default for QuicConfig {
+    fn default() -> Self {
+        QuicConfig {
+            threads: 1,
+            connections: 2,
+            streams: 4,
+            write_limit: 256,
+            event_limit: 65_536,
+            connect_timeout: Duration::from_secs(3),
+            connection_limit: 4096,
+            tuning: Tuning::default(),
+        }
+    }
+}
+
+/// What has happened since the start. Numbers only grow.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct QuicMetrics {
+    /// Writes that landed at peers.
+    pub writes_sent: u64,
+    /// Their bytes.
+    pub bytes_sent: u64,
+    /// Writes that landed here.
+    pub writes_landed: u64,
+    /// Their bytes.
+    pub bytes_landed: u64,
+    /// Writes of peers that were refused here.
+    pub writes_refused: u64,
+    /// Packets sent.
+    pub packets_sent: u64,
+    /// Packets that had to be sent again.
+    pub packets_lost: u64,
+    /// Peers that came to be connected.
+    pub connected: u64,
+    /// Peers whose connection ended.
+    pub severed: u64,
+}
+
+/// The QUIC [`Transport`]. Dropping it tells the peers, and stops its threads.
+pub struct QuicTransport {
+    node: Arc<Node>,
+    threads: Vec<JoinHandle<()>>,
+    stop: watch::Sender<Stop>,
+    addr: SocketAddr,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stop {
+    No,
+    /// With a word to the peers.
+    Goodbye,
+    /// At once.
+    Silently,
+}
+
+impl QuicTransport {
+    /// Listens, and takes whoever has a certificate of the cluster.
+    ///
+    /// # Errors
+    /// When the address cannot be had, or a setting is out of bounds.
+    pub fn bind(
+        addr: SocketAddr,
+        identity: &Identity,
+        local: NodeId,
+        config: QuicConfig,
+    ) -> Result<QuicTransport, BindError> {
+        let bounds = [
+            ("threads", config.threads, 1..=MAX_PORTS, "from 1 to 16"),
+            (
+                "connections",
+                config.connections,
+                1..=life::MAX_PARTS,
+                "from 1 to 64",
+            ),
+            (
+                "streams",
+                config.streams,
+                1..=link::MAX_STREAMS as usize,
+                "from 1 to 64",
+            ),
+            (
+                "write_limit",
+                config.write_limit,
+                1..=1 << 20,
+                "from 1 to 1048576",
+            ),
+            (
+                "event_limit",
+                config.event_limit,
+                1..=1 << 24,
+                "from 1 to 16777216",
+            ),
+        ];
+        for (name, value, range, allowed) in bounds {
+            if !range.contains(&value) {
+                return Err(BindError::Setting {
+                    name,
+                    value: value.to_string(),
+                    allowed,
+                });
+            }
+        }
+        let (stop, stopping) = watch::channel(Stop::No);
+        let (bound_sender, bound) = mpsc::channel();
+        let mut threads = Vec::new();
+        let mut workers: Vec<Worker> = Vec::new();
+        let mut starts = Vec::new();
+        for index in 0..config.threads {
+            // Only the first socket has the address that peers are told; they learn the others' from it.
+            let addr = if index == 0 {
+                addr
+            } else {
+                SocketAddr::new(addr.ip(), 0)
+            };
+            let (start, started) = tokio::sync::oneshot::channel();
+            let thread = Thread {
+                addr,
+                identity: identity.clone(),
+                tuning: config.tuning.clone(),
+                bound: bound_sender.clone(),
+                started,
+                stopping: stopping.clone(),
+            };
+            let spawned = std::thread::Builder::new()
+                .name(format!("quic-{index}"))
+                .spawn(move || thread.run())
+                .map_err(BindError::Thread)?;
+            threads.push(spawned);
+            starts.push(start);
+            let worker = bound.recv().map_err(|_| {
+                BindError::Thread(std::io::Error::other(
+                    "the thread ended before it had bound its socket",
+                ))
+            })?;
+            workers.push(worker?);
+        }
+        let addr = workers[0].addr;
+        let seed = getrandom::u64().map_err(|e| BindError::Tls(format!("no randomness: {e}")))?;
+        let node = Arc::new(Node::new(local, config, workers, seed));
+        for start in starts {
+            // A thread that ended since will show as connections that fail.
+            let _ = start.send(Arc::clone(&node));
+        }
+        Ok(QuicTransport {
+            node,
+            threads,
+            stop,
+            addr,
+        })
+    }
+
+    /// Where peers connect to.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// What has happened since the start.
+    #[must_use]
+    pub fn metrics(&self) -> QuicMetrics {
+        self.node.metrics()
+    }
+
+    /// Stops without a word to anyone, as a crash would: for tests of those who must notice.
+    #[doc(hidden)]
+    pub fn vanish(self) {
+        self.stop.send_replace(Stop::Silently);
+    }
+}
+
+impl Drop for QuicTransport {
+    fn drop(&mut self) {
+        self.stop.send_if_modified(|stop| {
+            let first = *stop == Stop::No;
+            if first {
+                *stop = Stop::Goodbye;
+            }
+            first
+        });
+        for thread in self.threads.drain(..) {
+            // A panic there has been reported by the panic hook, and ended the connections.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Transport for QuicTransport {
+    fn register(&mut self, region: Arc<HostRegion>) -> Result<RegionId, TransportError> {
+        self.node.windows.register(region)
+    }
+
+    fn open_window(
+        &mut self,
+        peer: NodeId,
+        region: RegionId,
+        range: Range<usize>,
+    ) -> Result<Window, TransportError> {
+        self.node.open_window(peer, region, range)
+    }
+
+    fn close_window(&mut self, window: Window) {
+        self.node.close_window(window);
+    }
+
+    fn connect(&mut self, peer: NodeId, address: SocketAddr) {
+        Node::connect(&self.node, peer, address);
+    }
+
+    fn submit(&mut self, peer: NodeId, write: Write) -> Result<(), SubmitError> {
+        self.node.submit(peer, write)
+    }
+
+    fn poll(&mut self, events: &mut Vec<Event>) {
+        self.node.poll(events);
+    }
+
+    fn sever(&mut self, peer: NodeId) {
+        self.node.sever(peer);
+    }
+
+    fn set_waker(&mut self, waker: Waker) {
+        self.node.set_waker(waker);
+    }
+}
+
+/// What a thread is started with.
+struct Thread {
+    addr: SocketAddr,
+    identity: Identity,
+    tuning: Tuning,
+    bound: mpsc::Sender<Result<Worker, BindError>>,
+    started: tokio::sync::oneshot::Receiver<Arc<Node>>,
+    stopping: watch::Receiver<Stop>,
+}
+
+impl Thread {
+    fn tell(&self, outcome: Result<Worker, BindError>) {
+        // Whoever binds waits for this; if it is gone, so are the other ends that keep this thread going.
+        let _ = self.bound.send(outcome);
+    }
+
+    fn run(mut self) {
+        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            Ok(runtime) => runtime,
+            Err(error) => return self.tell(Err(BindError::Thread(error))),
+        };
+        runtime.block_on(async {
+            // The return stream of each side is one more.
+            let streams = Streams {
+                protocol: PROTOCOL,
+                bidirectional: 1,
+                unidirectional: link::MAX_STREAMS + 1,
+            };
+            let bound = match Bound::new(self.addr, &self.identity, &self.tuning, streams) {
+                Ok(bound) => bound,
+                Err(error) => return self.tell(Err(error)),
+            };
+            let addr = match bound.local_addr() {
+                Ok(addr) => addr,
+                Err(source) => {
+                    return drop(self.bound.send(Err(BindError::Bind {
+                        addr: self.addr,
+                        source,
+                    })));
+                }
+            };
+            let endpoint = bound.endpoint.clone();
+            let worker = Worker {
+                runtime: tokio::runtime::Handle::current(),
+                bound: bound.clone(),
+                addr,
+            };
+            self.tell(Ok(worker));
+            let Ok(node) = (&mut self.started).await else {
+                return;
+            };
+            let accepting = tokio::spawn(Node::accept(node, bound));
+            let stop = self
+                .stopping
+                .wait_for(|stop| *stop != Stop::No)
+                .await
+                .map_or(Stop::Silently, |stop| *stop);
+            accepting.abort();
+            if stop == Stop::Goodbye {
+                endpoint.close(CloseCode::Goodbye.into(), b"stopped");
+                let _ = tokio::time::timeout(FAREWELL, endpoint.wait_idle()).await;
+            }
+        });
+        // Ends every task, and with them the last holders of sources and windows.
+        drop(runtime);
+    }
+}

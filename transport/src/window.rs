@@ -1,0 +1,245 @@
+//! The windows that are open here: the gate that every landing byte passes, in every backend that copies.
+
+use crate::transport::{RegionId, TransportError};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tandem_memory::{Extent, HostRegion};
+use tandem_proto::ids::NodeId;
+use tandem_proto::wire::Window;
+
+/// Registered regions and open windows. Shared by the node loop, which opens and closes, and the threads
+/// that land bytes.
+#[derive(Default)]
+pub(crate) struct Windows {
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    regions: Vec<Arc<HostRegion>>,
+    by_key: BTreeMap<u64, Arc<Landing>>,
+    /// `(region, start)` of every open, non-empty window → its end and key. Ranges never overlap, so no
+    /// byte is written by two windows.
+    by_place: BTreeMap<(u32, u64), (u64, u64)>,
+}
+
+/// One open window, held by whoever is landing bytes through it.
+pub(crate) struct Landing {
+    peer: NodeId,
+    window: Window,
+    extent: Extent,
+    /// Held while a piece is copied, so that closing waits for the copy in progress and for no more.
+    open: Mutex<bool>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every critical section here leaves its data consistent at each step, so a panic elsewhere is no reason
+    // to stop closing windows.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Windows {
+    pub(crate) fn register(&self, region: Arc<HostRegion>) -> Result<RegionId, TransportError> {
+        let mut table = lock(&self.table);
+        let id = u32::try_from(table.regions.len()).map_err(|_| TransportError::Unusable {
+            len: region.len(),
+            reason: "too many regions".into(),
+        })?;
+        table.regions.push(region);
+        Ok(RegionId(id))
+    }
+
+    /// Opens a window under a key drawn by the backend.
+    pub(crate) fn open(
+        &self,
+        peer: NodeId,
+        region: RegionId,
+        range: Range<usize>,
+        mut draw_key: impl FnMut() -> u64,
+    ) -> Result<Window, TransportError> {
+        let mut table = lock(&self.table);
+        let memory = table
+            .regions
+            .get(region.0 as usize)
+            .ok_or(TransportError::UnknownRegion(region))?;
+        let extent = memory
+            .extent(range.clone())
+            .map_err(|source| TransportError::OutOfRegion { region, source })?;
+        let (start, end) = (range.start as u64, range.end as u64);
+        // Ranges do not overlap, so only the last one that begins before `end` can reach into this one.
+        let before = table.by_place.range((region.0, 0)..(region.0, end)).next_back();
+        if start < end && before.is_some_and(|(_, (other_end, _))| *other_end > start) {
+            return Err(TransportError::Overlap { region, range });
+        }
+        let key = loop {
+            let key = draw_key();
+            if !table.by_key.contains_key(&key) {
+                break key;
+            }
+        };
+        let window = Window {
+            region: region.0,
+            key,
+            offset: start,
+            len: end - start,
+        };
+        table.by_key.insert(
+            key,
+            Arc::new(Landing {
+                peer,
+                window,
+                extent,
+                open: Mutex::new(true),
+            }),
+        );
+        if start < end {
+            table.by_place.insert((region.0, start), (end, key));
+        }
+        Ok(window)
+    }
+
+    /// After this, nothing lands through the window.
+    pub(crate) fn close(&self, key: u64) {
+        let landing = {
+            let mut table = lock(&self.table);
+            let Some(landing) = table.by_key.remove(&key) else {
+                return;
+            };
+            if landing.window.len > 0 {
+                table
+                    .by_place
+                    .remove(&(landing.window.region, landing.window.offset));
+            }
+            landing
+        };
+        *lock(&landing.open) = false;
+    }
+
+    /// Closes every window of a peer.
+    pub(crate) fn close_all_of(&self, peer: NodeId) {
+        let keys: Vec<u64> = lock(&self.table)
+            .by_key
+            .iter()
+            .filter(|(_, l)| l.peer == peer)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in keys {
+            self.close(key);
+        }
+    }
+
+    /// The window, if it is open, is `peer`'s, is what the writer says it is, and holds the write.
+    pub(crate) fn find(&self, peer: NodeId, window: &Window, offset: u64, len: u64) -> Option<Arc<Landing>> {
+        let table = lock(&self.table);
+        let landing = table.by_key.get(&window.key)?;
+        let inside = offset
+            .checked_add(len)
+            .is_some_and(|end| end <= landing.window.len);
+        (landing.peer == peer && landing.window == *window && inside).then(|| Arc::clone(landing))
+    }
+}
+
+impl Landing {
+    pub(crate) fn key(&self) -> u64 {
+        self.window.key
+    }
+
+    /// Copies a piece to its place, unless the window has been closed or the piece leaves it.
+    #[must_use]
+    #[allow(unsafe_code)] // The one place where landing memory becomes a slice.
+    pub(crate) fn land(&self, at: u64, piece: &[u8]) -> bool {
+        let open = lock(&self.open);
+        let Ok(start) = usize::try_from(at) else {
+            return false;
+        };
+        let Some(end) = start.checked_add(piece.len()) else {
+            return false;
+        };
+        let Ok(place) = self.extent.part(start..end) else {
+            return false;
+        };
+        if !*open {
+            return false;
+        }
+        // SAFETY: the window is open, so its opener promised not to touch the range, windows do not overlap,
+        // and the lock keeps every other landing through this one away until the copy is done.
+        unsafe { place.bytes_mut() }.copy_from_slice(piece);
+        true
+    }
+
+    /// Runs `report` if the window is still open: what it reports was landed before the window closed.
+    #[must_use]
+    pub(crate) fn complete(&self, report: impl FnOnce()) -> bool {
+        let open = lock(&self.open);
+        if *open {
+            report();
+        }
+        *open
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PEER: NodeId = NodeId(7);
+
+    fn windows() -> (Windows, RegionId) {
+        let windows = Windows::default();
+        let region = windows.register(HostRegion::map(4096).unwrap()).unwrap();
+        (windows, region)
+    }
+
+    #[test]
+    fn open_windows_never_overlap() {
+        let (windows, region) = windows();
+        let mut key = 0;
+        let mut open = |range: Range<usize>| {
+            windows.open(PEER, region, range, || {
+                key += 1;
+                key
+            })
+        };
+        let middle = open(1000..2000).unwrap();
+        for overlapping in [0..1001, 1000..2000, 1500..1600, 1999..4096, 0..4096] {
+            assert!(matches!(open(overlapping), Err(TransportError::Overlap { .. })));
+        }
+        open(0..1000).unwrap();
+        open(2000..4096).unwrap();
+        open(1500..1500).unwrap();
+        assert!(matches!(
+            open(4000..4097),
+            Err(TransportError::OutOfRegion { .. })
+        ));
+        windows.close(middle.key);
+        open(1000..2000).unwrap();
+    }
+
+    #[test]
+    fn a_window_is_found_only_as_it_was_opened() {
+        let (windows, region) = windows();
+        let window = windows.open(PEER, region, 100..200, || 5).unwrap();
+        assert!(windows.find(PEER, &window, 0, 100).is_some());
+        assert!(windows.find(NodeId(8), &window, 0, 100).is_none());
+        assert!(windows.find(PEER, &window, 1, 100).is_none());
+        assert!(windows.find(PEER, &window, u64::MAX, 2).is_none());
+        assert!(
+            windows
+                .find(PEER, &Window { offset: 0, ..window }, 0, 1)
+                .is_none()
+        );
+        assert!(
+            windows
+                .find(PEER, &Window { len: 4096, ..window }, 0, 1)
+                .is_none()
+        );
+        let landing = windows.find(PEER, &window, 0, 1).unwrap();
+        assert!(landing.land(99, &[1]));
+        assert!(!landing.land(100, &[1]));
+        windows.close_all_of(PEER);
+        assert!(windows.find(PEER, &window, 0, 1).is_none());
+        assert!(!landing.land(0, &[1]));
+        assert!(!landing.complete(|| panic!("a closed window completes nothing")));
+    }
+}

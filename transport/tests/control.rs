@@ -1,0 +1,424 @@
+//! The control channel between real sockets on loopback.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tandem_proto::ids::NodeId;
+use tandem_transport::Identity;
+use tandem_transport::control::{ConnectError, Control, ControlEvent, Lane, Limits, SendError};
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+/// A directory that is removed at the end of a test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Scratch {
+        let dir = std::env::temp_dir().join(format!("tandem-control-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        Scratch(dir)
+    }
+
+    fn identity(&self) -> Identity {
+        Identity::load_or_create(&self.0).unwrap()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A process of its own, as far as the network can tell.
+struct Process {
+    runtime: Option<Runtime>,
+    control: Control,
+    events: mpsc::Receiver<ControlEvent>,
+}
+
+impl Process {
+    fn start(identity: &Identity, node: u64, limits: Limits) -> Process {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (control, events) = {
+            let _inside = runtime.enter();
+            Control::bind(LOOPBACK, identity, NodeId(node), limits).unwrap()
+        };
+        Process {
+            runtime: Some(runtime),
+            control,
+            events,
+        }
+    }
+
+    fn connect(&self, to: &Process) -> Result<NodeId, ConnectError> {
+        self.run(self.control.connect(to.control.local_addr()))
+    }
+
+    fn run<F: Future>(&self, future: F) -> F::Output {
+        self.runtime.as_ref().unwrap().block_on(future)
+    }
+
+    #[track_caller]
+    fn next(&mut self) -> ControlEvent {
+        let events = &mut self.events;
+        let next = async { tokio::time::timeout(Duration::from_secs(10), events.recv()).await };
+        self.runtime
+            .as_ref()
+            .unwrap()
+            .block_on(next)
+            .expect("an event comes in time")
+            .expect("the channel is open")
+    }
+
+    #[track_caller]
+    fn expect_up(&mut self, peer: u64) {
+        let event = self.next();
+        assert!(
+            matches!(event, ControlEvent::Up { peer: p, .. } if p == NodeId(peer)),
+            "{event:?}"
+        );
+    }
+
+    #[track_caller]
+    fn expect_down(&mut self, peer: u64) -> String {
+        match self.next() {
+            ControlEvent::Down { peer: p, reason } if p == NodeId(peer) => reason,
+            event => panic!("{event:?}"),
+        }
+    }
+
+    /// Stops without a word, as if killed.
+    fn kill(&mut self) {
+        self.runtime.take().unwrap().shutdown_background();
+    }
+}
+
+fn pair(name: &str, limits: Limits) -> (Scratch, Process, Process) {
+    let scratch = Scratch::new(name);
+    let identity = scratch.identity();
+    let mut a = Process::start(&identity, 1, limits.clone());
+    let mut b = Process::start(&identity, 2, limits);
+    assert_eq!(a.connect(&b).unwrap(), NodeId(2));
+    a.expect_up(2);
+    b.expect_up(1);
+    (scratch, a, b)
+}
+
+#[test]
+fn each_lane_keeps_its_order_and_neither_waits_for_the_other() {
+    let (_scratch, a, mut b) = pair("order", Limits::default());
+    // More than the windows hold, so that the main lane is really stuck when the urgent frame is sent.
+    let bulk = 24u8;
+    for i in 0..bulk {
+        a.control.send(NodeId(2), Lane::Main, vec![i; 1 << 20]).unwrap();
+    }
+    a.control.send(NodeId(2), Lane::Urgent, vec![1]).unwrap();
+    a.control.send(NodeId(2), Lane::Urgent, vec![2]).unwrap();
+    let (mut main, mut urgent, mut urgent_at) = (Vec::new(), Vec::new(), None);
+    while main.len() < bulk.into() || urgent.len() < 2 {
+        match b.next() {
+            ControlEvent::Frame {
+                lane: Lane::Main,
+                bytes,
+                ..
+            } => {
+                assert_eq!(bytes.len(), 1 << 20);
+                assert!(bytes.iter().all(|byte| *byte == bytes[0]));
+                main.push(bytes[0]);
+            }
+            ControlEvent::Frame {
+                lane: Lane::Urgent,
+                bytes,
+                ..
+            } => {
+                urgent_at.get_or_insert(main.len());
+                urgent.push(bytes[0]);
+            }
+            event => panic!("{event:?}"),
+        }
+    }
+    assert_eq!(main, (0..bulk).collect::<Vec<_>>());
+    assert_eq!(urgent, [1, 2]);
+    assert!(
+        urgent_at.unwrap() < 20,
+        "the urgent lane waited for {urgent_at:?} bulk frames"
+    );
+    let metrics = a.control.metrics();
+    assert_eq!((metrics.frames_sent, metrics.bytes_sent), (26, (24 << 20) + 2));
+}
+
+#[test]
+fn a_killed_peer_is_down_in_time() {
+    for idle_first in [false, true] {
+        let (_scratch, mut a, mut b) = pair("kill", Limits::default());
+        if idle_first {
+            std::thread::sleep(Duration::from_millis(1200));
+        } else {
+            b.control.send(NodeId(1), Lane::Main, vec![1]).unwrap();
+            a.next();
+            a.control.send(NodeId(2), Lane::Main, vec![1]).unwrap();
+        }
+        b.kill();
+        let begun = Instant::now();
+        a.expect_down(2);
+        let took = begun.elapsed();
+        assert!(took < Duration::from_millis(1000), "noticed after {took:?}");
+        assert_eq!(
+            a.control.send(NodeId(2), Lane::Main, vec![1]),
+            Err(SendError::NotConnected { peer: NodeId(2) })
+        );
+    }
+}
+
+#[test]
+fn frames_and_queues_are_bounded() {
+    let limits = Limits {
+        frame_bytes: 1000,
+        queued_frames: 8,
+        events: 4,
+        ..Limits::default()
+    };
+    let (_scratch, a, mut b) = pair("bounds", limits);
+    let oversize = a.control.send(NodeId(2), Lane::Main, vec![0; 1001]);
+    assert_eq!(
+        oversize,
+        Err(SendError::Oversize {
+            len: 1001,
+            limit: 1000
+        })
+    );
+    assert_eq!(
+        a.control.send(NodeId(9), Lane::Main, vec![]),
+        Err(SendError::NotConnected { peer: NodeId(9) })
+    );
+    // Nobody takes b's events: the windows fill, then the queue.
+    let mut sent = 0u32;
+    let mut refused_since = None;
+    let error = loop {
+        let mut frame = vec![0; 1000];
+        frame[..4].copy_from_slice(&sent.to_le_bytes());
+        match a.control.send(NodeId(2), Lane::Main, frame) {
+            Ok(()) => {
+                sent += 1;
+                refused_since = None;
+            }
+            // Full for good, not just faster than the writer.
+            Err(error)
+                if refused_since.is_some_and(|at: Instant| at.elapsed() > Duration::from_millis(300)) =>
+            {
+                break error;
+            }
+            Err(_) => {
+                refused_since.get_or_insert_with(Instant::now);
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        }
+        assert!(sent < 100_000, "the queue is endless");
+    };
+    assert_eq!(
+        error,
+        SendError::Backlogged {
+            peer: NodeId(2),
+            limit: 8
+        }
+    );
+    assert!(a.control.metrics().backlogged > 0);
+    for expected in 0..sent {
+        match b.next() {
+            ControlEvent::Frame { bytes, .. } => assert_eq!(bytes[..4], expected.to_le_bytes()),
+            event => panic!("{event:?}"),
+        }
+    }
+}
+
+#[test]
+fn a_peer_that_breaks_the_rules_is_closed_alone() {
+    let scratch = Scratch::new("rules");
+    let identity = scratch.identity();
+    let strict = Limits {
+        frame_bytes: 100,
+        ..Limits::default()
+    };
+    let mut a = Process::start(&identity, 1, strict);
+    let mut b = Process::start(&identity, 2, Limits::default());
+    let mut c = Process::start(&identity, 3, Limits::default());
+    for peer in [&mut b, &mut c] {
+        peer.connect(&a).unwrap();
+        peer.expect_up(1);
+        assert!(matches!(a.next(), ControlEvent::Up { .. }));
+    }
+    b.control.send(NodeId(1), Lane::Main, vec![0; 101]).unwrap();
+    a.expect_down(2);
+    let reason = b.expect_down(1);
+    assert!(reason.contains("longer than 100"), "{reason}");
+    assert_eq!(a.control.metrics().rule_breaks, 1);
+    c.control.send(NodeId(1), Lane::Main, vec![7]).unwrap();
+    assert_eq!(
+        a.next(),
+        ControlEvent::Frame {
+            peer: NodeId(3),
+            lane: Lane::Main,
+            bytes: vec![7]
+        }
+    );
+}
+
+#[test]
+fn strangers_are_refused() {
+    let (ours, theirs) = (Scratch::new("ours"), Scratch::new("theirs"));
+    let limits = Limits {
+        handshake: Duration::from_secs(2),
+        ..Limits::default()
+    };
+    let mut a = Process::start(&ours.identity(), 1, limits.clone());
+    let b = Process::start(&theirs.identity(), 2, limits);
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let error = from.connect(to).unwrap_err().to_string();
+        assert!(
+            error.contains("certificate") || error.contains("UnknownIssuer"),
+            "{error}"
+        );
+    }
+    assert!(a.events.try_recv().is_err());
+    // Nor does a node connect to itself, or to nobody.
+    assert!(matches!(a.connect(&a), Err(ConnectError::Itself { .. })));
+    let nobody = std::net::UdpSocket::bind(LOOPBACK).unwrap();
+    let error = a
+        .run(a.control.connect(nobody.local_addr().unwrap()))
+        .unwrap_err();
+    assert!(
+        matches!(error, ConnectError::Deadline { .. } | ConnectError::Failed { .. }),
+        "{error}"
+    );
+}
+
+#[test]
+fn both_may_dial() {
+    let scratch = Scratch::new("both");
+    let identity = scratch.identity();
+    for round in 0..20 {
+        let mut a = Process::start(&identity, 1, Limits::default());
+        let mut b = Process::start(&identity, 2, Limits::default());
+        let dials: Vec<_> = [(&a, &b), (&b, &a), (&a, &b)]
+            .into_iter()
+            .map(|(from, to)| {
+                let (control, addr) = (from.control.clone(), to.control.local_addr());
+                from.runtime
+                    .as_ref()
+                    .unwrap()
+                    .spawn(async move { control.connect(addr).await })
+            })
+            .collect();
+        let found: Vec<_> = dials
+            .into_iter()
+            .map(|dial| a.run(dial).unwrap().unwrap().0)
+            .collect();
+        assert_eq!(found, [2, 1, 2], "round {round}");
+        a.expect_up(2);
+        b.expect_up(1);
+        for (from, to, peer, node) in [(&a, &mut b, 2, 1)] {
+            from.control.send(NodeId(peer), Lane::Main, vec![round]).unwrap();
+            let frame = ControlEvent::Frame {
+                peer: NodeId(node),
+                lane: Lane::Main,
+                bytes: vec![round],
+            };
+            assert_eq!(to.next(), frame);
+        }
+        b.control.send(NodeId(1), Lane::Main, vec![round]).unwrap();
+        assert_eq!(
+            a.next(),
+            ControlEvent::Frame {
+                peer: NodeId(2),
+                lane: Lane::Main,
+                bytes: vec![round]
+            }
+        );
+    }
+}
+
+#[test]
+fn closing_is_seen_by_both_and_can_be_mended() {
+    let (_scratch, mut a, mut b) = pair("close", Limits::default());
+    for _ in 0..3 {
+        a.control.close(NodeId(2));
+        a.expect_down(2);
+        // It may dial before it knows that the old connection is gone.
+        b.connect(&a).unwrap();
+        a.expect_up(2);
+        b.expect_down(1);
+        b.expect_up(1);
+    }
+}
+
+#[test]
+fn shutdown_delivers_what_is_queued() {
+    let (_scratch, a, mut b) = pair("shutdown", Limits::default());
+    for i in 0..200u8 {
+        a.control.send(NodeId(2), Lane::Main, vec![i; 10_000]).unwrap();
+    }
+    a.run(a.control.shutdown());
+    for i in 0..200u8 {
+        assert_eq!(
+            b.next(),
+            ControlEvent::Frame {
+                peer: NodeId(1),
+                lane: Lane::Main,
+                bytes: vec![i; 10_000]
+            }
+        );
+    }
+    b.expect_down(1);
+}
+
+#[test]
+fn racing_processes_get_the_same_ca() {
+    let scratch = Scratch::new("race");
+    let dir: &Path = &scratch.0;
+    let identities: Vec<Identity> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|_| scope.spawn(move || Identity::load_or_create(dir).unwrap()))
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = std::fs::metadata(dir.join("ca.pem"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let left: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    assert_eq!(left, ["ca.pem"], "drafts are removed");
+    let first = Process::start(&identities[0], 100, Limits::default());
+    for (i, identity) in identities.iter().enumerate().skip(1) {
+        let other = Process::start(identity, i as u64, Limits::default());
+        assert_eq!(other.connect(&first).unwrap(), NodeId(100));
+    }
+}
+
+#[test]
+fn bad_identities_say_what_to_do() {
+    let scratch = Scratch::new("bad");
+    std::fs::create_dir_all(&scratch.0).unwrap();
+    std::fs::write(scratch.0.join("ca.pem"), "nonsense").unwrap();
+    let error = Identity::load_or_create(&scratch.0).unwrap_err().to_string();
+    assert!(error.contains("ca.pem") && error.contains("CA"), "{error}");
+    let missing = scratch.0.join("missing.pem");
+    let error = Identity::from_pem(&missing, &missing, &missing)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("cannot read") && error.contains("missing.pem"),
+        "{error}"
+    );
+}
