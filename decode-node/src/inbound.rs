@@ -138,6 +138,11 @@ impl Inbound {
         self.receiver.give_up(self.clock.now(), request, error);
     }
 
+    /// Whether there is something to do for the node's loop, or for the next turn, at once.
+    pub fn has_news(&self) -> bool {
+        !self.arrived.is_empty() || self.receiver.has_actions()
+    }
+
     /// Handoffs that are not over.
     pub fn open_handoffs(&self) -> usize {
         self.receiver.open_requests()

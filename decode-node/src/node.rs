@@ -109,7 +109,7 @@ impl Node {
         let all_told = told.all && !self.inbound.has_untold();
         // Pages that were just freed may be what somebody waits for.
         let can_reserve = told.freed && !self.waiting.is_empty();
-        if generating || can_reserve || !self.inbound.arrived.is_empty() {
+        if generating || can_reserve || self.inbound.has_news() {
             Next::Again
         } else if self.inbound.draining && self.requests.is_empty() && self.inbound.open_handoffs() == 0 {
             Next::Finished

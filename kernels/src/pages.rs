@@ -124,6 +124,13 @@ impl KvPages {
         self.page_offset(layer, page) + self.shape.page_head_offset(kv_head as usize, value)
     }
 
+    /// Where one head's keys and values of a layer lie: bytes from the storage's start to page 0's keys,
+    /// from a page to the next, and from a page's keys to its values.
+    pub(crate) fn head_strides(&self, layer: LayerIdx, kv_head: u32) -> (usize, usize, usize) {
+        let keys = self.head_offset(layer, PageId(0), kv_head, false);
+        (keys, self.shape.layer_page_bytes(), self.head_offset(layer, PageId(0), kv_head, true) - keys)
+    }
+
     pub(crate) fn bytes(&self) -> &[u8] {
         // SAFETY: the extent is this pool's alone, and writing it takes `&mut self`.
         unsafe { self.storage.bytes() }

@@ -214,9 +214,9 @@ impl Outbound {
         self.sender.give_up(self.clock.now(), request, error);
     }
 
-    /// Whether the last turn left something for the node's loop.
+    /// Whether there is something to do for the node's loop, or for the next turn, at once.
     pub fn has_news(&self) -> bool {
-        !self.arrived.is_empty() || !self.ended.is_empty()
+        !self.arrived.is_empty() || !self.ended.is_empty() || self.sender.has_actions()
     }
 
     /// Staging slots in use.

@@ -16,6 +16,7 @@ use tandem_proto::ids::{LayerIdx, PageId};
 
 /// Positions of a block. Blocks start at multiples of it, whatever a step begins with.
 const BLOCK: usize = 64;
+const CACHE_LINE: usize = 64;
 /// Rows (queries times heads of a group) of one task: enough to pay for turning a block of keys.
 const TASK_ROWS: usize = 8 * MAX_TILE_ROWS;
 
@@ -133,7 +134,10 @@ pub fn attention(
     let to = Shared::new(out.data_mut());
     let attend = |index: usize| {
         SCRATCH.with_borrow_mut(|scratch| {
-            let work = Work { heads, layer, qkv, kv, to, task: tasks[index] };
+            let task = tasks[index];
+            let strides = kv.head_strides(layer, task.kv_head as u32);
+            let page_tokens = kv.shape().page_tokens as usize;
+            let work = Work { heads, qkv, kv, to, task, page_tokens, strides };
             cpu.isa.run(Attend { work, scratch });
         });
     };
@@ -175,11 +179,13 @@ struct Task<'a> {
 #[derive(Clone, Copy)]
 struct Work<'a> {
     heads: &'a Heads,
-    layer: LayerIdx,
     qkv: &'a Rows,
     kv: &'a KvPages,
     to: Shared<f32>,
     task: Task<'a>,
+    page_tokens: usize,
+    /// See [`KvPages::head_strides`].
+    strides: (usize, usize, usize),
 }
 
 struct Attend<'a> {
@@ -255,6 +261,9 @@ impl Work<'_> {
         let split = Split::new(rows, S::TILE_ROWS);
         let q_start = task.span.start as usize + task.first;
         let end = q_start + task.tokens;
+        let first_seen = self.first_seen(q_start);
+        let first_block = first_seen / BLOCK;
+        self.prefetch_block::<S, E>(s, first_block * BLOCK, end);
         let scratch = Scratch::new(scratch, packed_len(split, dim), rows, dim);
 
         for t in 0..split.tiles {
@@ -278,10 +287,10 @@ impl Work<'_> {
         scratch.peaks[..rows].fill(f32::NEG_INFINITY);
         scratch.weights[..rows].fill(0.0);
 
-        let first_seen = self.first_seen(q_start);
-        for block in first_seen / BLOCK..end.div_ceil(BLOCK) {
+        for block in first_block..end.div_ceil(BLOCK) {
             let start = block * BLOCK;
             let filled = BLOCK.min(end - start);
+            self.prefetch_block::<S, E>(s, start + BLOCK, end);
             // SAFETY: the scratch parts have the sizes that `Scratch::new` gives them, and positions below
             // `end` lie in pages that `check` has found.
             unsafe { self.load_block::<S, E>(s, start, filled, scratch.keys, scratch.values, scratch.turning) };
@@ -377,23 +386,23 @@ impl Work<'_> {
         values: &mut [f32],
         turning: &mut [f32],
     ) {
-        let shape = self.kv.shape();
-        let page_tokens = shape.page_tokens as usize;
-        let dim = shape.head_dim as usize;
+        let dim = self.heads.head_dim;
         let (narrow, wide) = (dim.next_multiple_of(LANES), dim.next_multiple_of(PANEL));
-        let head = self.task.kv_head as u32;
         for base in (0..filled).step_by(LANES) {
-            for i in base..(base + LANES).min(filled) {
-                let position = start + i;
-                let page = self.task.span.pages[position / page_tokens];
-                let row = position % page_tokens * dim;
-                let k = self.kv.head(self.layer, page, head, false).as_ptr().cast::<E>();
-                let v = self.kv.head(self.layer, page, head, true).as_ptr().cast::<E>();
-                // SAFETY: the rows lie in the page; pages start at multiples of an element's size.
-                unsafe {
-                    copy_row(s, k.add(row), &mut turning[(i - base) * narrow..][..dim]);
-                    copy_row(s, v.add(row), &mut values[i * wide..][..dim]);
+            let mut i = base;
+            let end = (base + LANES).min(filled);
+            while i < end {
+                // As many as lie in one page.
+                let (k, v, run) = self.rows_at::<E>(start + i);
+                let run = run.min(end - i);
+                for row in 0..run {
+                    // SAFETY: the rows lie in the page; pages start at multiples of an element's size.
+                    unsafe {
+                        copy_row(s, k.add(row * dim), &mut turning[(i - base + row) * narrow..][..dim]);
+                        copy_row(s, v.add(row * dim), &mut values[(i + row) * wide..][..dim]);
+                    }
                 }
+                i += run;
             }
             // Positions that are not filled leave what an earlier block left: their scores are masked.
             for column in (0..narrow).step_by(LANES) {
@@ -403,6 +412,37 @@ impl Work<'_> {
                     s.transpose(turning.as_ptr().add(column), narrow, to, PANEL);
                 }
             }
+        }
+    }
+
+    /// Where the key and the value of a position lie, and how many rows follow in the page from there on.
+    #[inline(always)]
+    fn rows_at<E>(&self, position: usize) -> (*const E, *const E, usize) {
+        let (page, row) = (position / self.page_tokens, position % self.page_tokens);
+        let (first, step, to_values) = self.strides;
+        let offset = first + self.task.span.pages[page].0 as usize * step;
+        let bytes = self.kv.bytes();
+        let row_bytes = row * self.heads.head_dim * size_of::<E>();
+        let k = bytes[offset + row_bytes..].as_ptr();
+        let v = bytes[offset + to_values + row_bytes..].as_ptr();
+        (k.cast(), v.cast(), self.page_tokens - row)
+    }
+
+    /// Asks for the rows of a block, up to position `end`, ahead of their use: pages lie anywhere, so the
+    /// machine cannot guess the next.
+    #[inline(always)]
+    fn prefetch_block<S: Simd, E: Element>(&self, s: S, start: usize, end: usize) {
+        let mut position = start;
+        let end = end.min(start + BLOCK);
+        while position < end {
+            let (k, v, run) = self.rows_at::<E>(position);
+            let run = run.min(end - position);
+            let bytes = run * self.heads.head_dim * size_of::<E>();
+            for at in (0..bytes).step_by(CACHE_LINE) {
+                s.prefetch(k.cast::<u8>().wrapping_add(at));
+                s.prefetch(v.cast::<u8>().wrapping_add(at));
+            }
+            position += run;
         }
     }
 }

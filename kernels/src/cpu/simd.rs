@@ -121,6 +121,12 @@ pub(crate) trait Simd: Copy {
     fn exp2_bits(self, n: Self::F) -> Self::F;
     fn to_array(self, a: Self::F) -> [f32; LANES];
 
+    /// Asks for the cache line at `p`, which may be any address.
+    #[inline(always)]
+    fn prefetch(self, p: *const u8) {
+        let _ = p;
+    }
+
     /// # Safety
     /// Sixteen f32 can be read at `p`.
     unsafe fn load(self, p: *const f32) -> Self::F;
@@ -380,6 +386,11 @@ mod x86 {
             out
         }
         #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
+        }
+        #[inline(always)]
         unsafe fn load(self, p: *const f32) -> __m512 {
             // SAFETY: see above.
             unsafe { _mm512_loadu_ps(p) }
@@ -506,6 +517,11 @@ mod x86 {
             // SAFETY: the array has room for sixteen.
             unsafe { self.store(out.as_mut_ptr(), a) };
             out
+        }
+        #[inline(always)]
+        fn prefetch(self, p: *const u8) {
+            // SAFETY: a prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
         }
         #[inline(always)]
         unsafe fn load(self, p: *const f32) -> Self::F {

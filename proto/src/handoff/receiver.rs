@@ -403,6 +403,12 @@ impl Receiver {
         self.actions.pop_front()
     }
 
+    /// Whether there is something to do.
+    #[must_use]
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     /// Handoffs that are not over.
     #[must_use]
     pub fn open_requests(&self) -> usize {

@@ -382,6 +382,12 @@ impl Sender {
         self.actions.pop_front()
     }
 
+    /// Whether there is something to do.
+    #[must_use]
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     /// Handoffs that are not over.
     #[must_use]
     pub fn open_requests(&self) -> usize {

@@ -298,7 +298,7 @@ def test_empty_messages_are_refused():
 
 
 def test_unknown_token_id_is_refused():
-    refused(openai.BadRequestError, lambda: complete(prompt=[0, 3, 4_000_000]), param="prompt")
+    refused(openai.BadRequestError, lambda: complete(prompt=[0, 3, 4_000_000]), param="prompt[2]")
 
 
 def test_bad_json_is_refused():

@@ -1,5 +1,6 @@
 //! Deliberate breaks of the protocol, made between the node loops and the network.
 
+use super::chance::Rng;
 use super::model::SHAPE;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -124,6 +125,10 @@ pub struct WatchedTransport {
     inner: SimTransport,
     seen: SharedSeen,
     broken: Option<Break>,
+    /// Draws which completions are noticed late, if any are.
+    late: Option<Rng>,
+    /// Those, and how many polls from now.
+    held: Vec<(u64, NodeId, Event)>,
     /// Reports made up here.
     made_up: Arc<Mutex<Vec<Event>>>,
     /// `StaleEpochAccepted`: windows that should be closed, by place.
@@ -136,6 +141,7 @@ impl WatchedTransport {
         network: &SimNetwork,
         seen: SharedSeen,
         broken: Option<Break>,
+        late: Option<Rng>,
     ) -> WatchedTransport {
         let inner = network.transport(node);
         WatchedTransport {
@@ -143,6 +149,8 @@ impl WatchedTransport {
             inner,
             seen,
             broken,
+            late,
+            held: Vec::new(),
             made_up: Arc::default(),
             left_open: BTreeMap::new(),
         }
@@ -151,6 +159,38 @@ impl WatchedTransport {
     /// Where to put events for the next poll.
     pub fn made_up(&self) -> Arc<Mutex<Vec<Event>>> {
         Arc::clone(&self.made_up)
+    }
+}
+
+impl WatchedTransport {
+    /// Keeps some completions for later polls, as a card's completion queue may: what is said of a lease then
+    /// comes after its end.
+    fn hold_back(&mut self, start: usize, events: &mut Vec<Event>) {
+        let Some(rng) = &mut self.late else { return };
+        let mut fresh: Vec<_> = events.drain(start..).collect();
+        for (polls, _, _) in &mut self.held {
+            *polls -= 1;
+        }
+        for event in fresh.drain(..) {
+            match event {
+                Event::Landed { peer, .. } if rng.chance(0.1) => {
+                    self.held.push((rng.between(1, 30), peer, event))
+                }
+                Event::Severed { peer, .. } => {
+                    self.held.retain(|(_, of, _)| *of != peer);
+                    events.push(event);
+                }
+                event => events.push(event),
+            }
+        }
+        events.extend(
+            self.held
+                .extract_if(.., |(polls, _, _)| *polls == 0)
+                .map(|(_, _, event)| event),
+        );
+        if !self.held.is_empty() {
+            lock(&self.seen).poked.push(self.node);
+        }
     }
 }
 
@@ -220,6 +260,7 @@ impl Transport for WatchedTransport {
     fn poll(&mut self, events: &mut Vec<Event>) {
         let start = events.len();
         self.inner.poll(events);
+        self.hold_back(start, events);
         let mut seen = lock(&self.seen);
         for event in &mut events[start..] {
             match event {

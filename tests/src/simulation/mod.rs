@@ -8,6 +8,7 @@
 //! rule of the handoff. They show that the checker can fail.
 
 mod breaks;
+mod chance;
 mod model;
 mod router;
 mod world;

@@ -1,6 +1,7 @@
 //! The cluster, its weather, and the rules it must keep.
 
 use super::breaks::{Break, SharedSeen, SimCluster, WatchedTransport, claim_landed};
+use super::chance::Rng;
 use super::model::{ChainEngine, SHAPE};
 use super::router::{End, GENERATION_TIMEOUT_MS, Plan, Requests, prompt};
 use std::collections::BTreeMap;
@@ -28,6 +29,8 @@ pub struct Weather {
     crashes: bool,
     /// Links are cut and mended.
     partitions: bool,
+    /// That a write has landed is sometimes noticed late, after the messages that followed it.
+    late_completions: bool,
 }
 
 impl Weather {
@@ -46,36 +49,37 @@ impl Weather {
             latency_us: 20..=3_000,
             ..fair.clone()
         };
+        let calm = Weather {
+            network: fair,
+            cancels: false,
+            crashes: false,
+            partitions: false,
+            late_completions: false,
+        };
+        let restless = Weather {
+            network: rough.clone(),
+            cancels: true,
+            late_completions: true,
+            ..calm.clone()
+        };
         match seed % 4 {
-            0 => Weather {
-                network: fair,
-                cancels: false,
-                crashes: false,
-                partitions: false,
-            },
-            1 => Weather {
-                network: rough,
-                cancels: true,
-                crashes: false,
-                partitions: false,
-            },
+            0 => calm,
+            1 => restless,
             2 => Weather {
                 network: SimConfig {
                     break_connection: 0.002,
                     ..rough
                 },
-                cancels: true,
                 crashes: true,
                 partitions: true,
+                ..restless
             },
             _ => Weather {
                 network: SimConfig {
                     corrupt: 0.002,
                     ..rough
                 },
-                cancels: true,
-                crashes: false,
-                partitions: false,
+                ..restless
             },
         }
     }
@@ -183,7 +187,8 @@ impl World {
     fn start(&mut self, prefill: bool) {
         let node = NodeId(self.next_node);
         self.next_node += 1;
-        let transport = WatchedTransport::new(node, &self.network, Arc::clone(&self.seen), self.broken);
+        let late = self.weather.late_completions.then(|| Rng(self.rng.next()));
+        let transport = WatchedTransport::new(node, &self.network, Arc::clone(&self.seen), self.broken, late);
         let made_up = transport.made_up();
         let (sender, inbox) = inbox(4096);
         let cluster = Box::new(SimCluster {
@@ -601,26 +606,5 @@ impl Actor {
             && load.free_slots == load.slots
             && under_way == (0, 0);
         (!idle).then(|| format!("{load:?}, under way {under_way:?}"))
-    }
-}
-
-/// Chance, the same for a seed always.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn between(&mut self, low: u64, high: u64) -> u64 {
-        low + self.next() % (high - low + 1)
-    }
-
-    fn chance(&mut self, probability: f64) -> bool {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64 <= probability
     }
 }

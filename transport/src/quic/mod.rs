@@ -158,7 +158,8 @@ impl QuicTransport {
             }
         }
         let (stop, stopping) = watch::channel(Stop::No);
-        let (bound_sender, bound) = mpsc::channel();
+        // Threads are started one by one, and each tells one outcome.
+        let (bound_sender, bound) = mpsc::sync_channel(1);
         let mut threads = Vec::new();
         let mut workers: Vec<Worker> = Vec::new();
         let mut starts = Vec::new();
@@ -285,7 +286,7 @@ struct Thread {
     addr: SocketAddr,
     identity: Identity,
     tuning: Tuning,
-    bound: mpsc::Sender<Result<Worker, BindError>>,
+    bound: mpsc::SyncSender<Result<Worker, BindError>>,
     started: tokio::sync::oneshot::Receiver<Arc<Node>>,
     stopping: watch::Receiver<Stop>,
 }
@@ -315,10 +316,10 @@ impl Thread {
             let addr = match bound.local_addr() {
                 Ok(addr) => addr,
                 Err(source) => {
-                    return drop(self.bound.send(Err(BindError::Bind {
+                    return self.tell(Err(BindError::Bind {
                         addr: self.addr,
                         source,
-                    })));
+                    }));
                 }
             };
             let endpoint = bound.endpoint.clone();

@@ -11,6 +11,7 @@
 //! read too early, shows as wrong bytes.
 
 mod network;
+mod state;
 mod transport;
 
 pub use network::SimNetwork;
