@@ -72,10 +72,7 @@ impl Inbound {
         let slots = (landing_bytes / slot_bytes).clamp(2, tandem_proto::handoff::MAX_SLOTS as usize);
         let landing = HostRegion::map(slots * slot_bytes)?;
         let landing_id = transport.register(Arc::clone(&landing))?;
-        let config = ReceiverConfig {
-            slots: slots as u32,
-            ..ReceiverConfig::default()
-        };
+        let config = ReceiverConfig { slots: slots as u32, ..ReceiverConfig::default() };
         Ok(Inbound {
             clock,
             cluster,
@@ -116,8 +113,7 @@ impl Inbound {
     /// Waits for something to happen, until the deadline.
     pub fn wait(&self, until: Option<Time>) {
         let longest = std::time::Duration::from_secs(1);
-        self.inbox
-            .wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
+        self.inbox.wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
     }
 
     /// When a turn has something to do next if nothing happens.
@@ -234,15 +230,8 @@ impl Inbound {
     /// The node accepted the request: its KV may be offered.
     pub fn expect(&mut self, expect: &Expect, deadline: Time) {
         let tokens = expect.prompt.len() as u32;
-        self.prompts.insert(
-            expect.request,
-            Landing {
-                tokens,
-                pages: Vec::new(),
-            },
-        );
-        self.receiver
-            .expect(self.clock.now(), expect.request, expect.prefill, tokens, deadline);
+        self.prompts.insert(expect.request, Landing { tokens, pages: Vec::new() });
+        self.receiver.expect(self.clock.now(), expect.request, expect.prefill, tokens, deadline);
     }
 
     fn peer_lost(&mut self, peer: NodeId, why: &str) {
@@ -257,8 +246,7 @@ impl Inbound {
             match event {
                 Event::Landed { peer, immediate, .. } => self.receiver.landed(peer, immediate),
                 Event::Severed { peer, reason } => {
-                    self.receiver
-                        .peer_lost(self.clock.now(), peer, &reason.to_string());
+                    self.receiver.peer_lost(self.clock.now(), peer, &reason.to_string());
                     self.receiver.severed(peer);
                 }
                 // A decode node writes nothing.
@@ -300,20 +288,11 @@ impl Inbound {
         let mut leases = Vec::with_capacity(granted.len());
         for (chunk, token) in granted {
             let start = token.slot.0 as usize * self.slot_bytes;
-            let len = self
-                .shape
-                .packed_bytes(self.shape.chunk_span(*chunk, tokens).len() as u32);
-            match self
-                .transport
-                .open_window(to, self.landing_id, start..start + len)
-            {
+            let len = self.shape.packed_bytes(self.shape.chunk_span(*chunk, tokens).len() as u32);
+            match self.transport.open_window(to, self.landing_id, start..start + len) {
                 Ok(window) => {
                     self.windows.insert(*token, window);
-                    leases.push(Lease {
-                        chunk: *chunk,
-                        token: *token,
-                        window,
-                    });
+                    leases.push(Lease { chunk: *chunk, token: *token, window });
                 }
                 Err(error) => {
                     self.give_up(request, Some(RequestError::Internal(error.to_string())));
@@ -340,11 +319,9 @@ impl Inbound {
         let now = self.clock.now();
         match result {
             Ok(digest) => self.receiver.scattered(now, token, layer, digest),
-            Err(error) => self.receiver.give_up(
-                now,
-                token.request,
-                Some(RequestError::Internal(error.to_string())),
-            ),
+            Err(error) => {
+                self.receiver.give_up(now, token.request, Some(RequestError::Internal(error.to_string())))
+            }
         }
     }
 

@@ -125,11 +125,7 @@ impl Node {
     #[must_use]
     pub fn load(&self) -> Load {
         let (slots, free_slots) = self.inbound.slots();
-        let generating = self
-            .requests
-            .values()
-            .filter(|request| !request.completions.is_empty())
-            .count();
+        let generating = self.requests.values().filter(|request| !request.completions.is_empty()).count();
         Load {
             running: generating as u32,
             waiting: (self.requests.len() - generating) as u32,
@@ -152,10 +148,7 @@ impl Node {
                 Arrival::Expected(expect, router) => self.expect(*expect, router),
                 Arrival::Cancelled(request) => self.cancel(request),
                 Arrival::RouterLost(router) => {
-                    let lost = self
-                        .requests
-                        .iter()
-                        .filter(|(_, request)| request.router == router);
+                    let lost = self.requests.iter().filter(|(_, request)| request.router == router);
                     for request in lost.map(|(id, _)| *id).collect::<Vec<_>>() {
                         self.cancel(request);
                     }
@@ -181,30 +174,17 @@ impl Node {
         let now = self.inbound.clock.now();
         let deadline = now.after_us(u64::from(expect.generation_timeout_ms) * 1000);
         let handoff_deadline = now.after_us(u64::from(expect.handoff_timeout_ms) * 1000);
-        let request = Request {
-            expect,
-            router,
-            deadline,
-            pages: Vec::new(),
-            completions: Vec::new(),
-        };
+        let request = Request { expect, router, deadline, pages: Vec::new(), completions: Vec::new() };
         let info = self.engine.info();
         let need = self.pages_needed(&request);
         let refusal = if request.prompt_tokens() > info.max_positions {
             let (tokens, room) = (request.prompt_tokens(), info.max_positions);
-            Some(RequestError::Invalid(format!(
-                "the prompt has {tokens} tokens, the model holds {room}"
-            )))
+            Some(RequestError::Invalid(format!("the prompt has {tokens} tokens, the model holds {room}")))
         } else if need > self.pool.pages() {
             let room = self.pool.pages();
-            Some(RequestError::Invalid(format!(
-                "the request needs {need} KV pages, this node has {room}"
-            )))
+            Some(RequestError::Invalid(format!("the request needs {need} KV pages, this node has {room}")))
         } else if self.requests.len() >= self.limits.max_requests {
-            Some(RequestError::Busy(format!(
-                "{} requests are on the decode node",
-                self.requests.len()
-            )))
+            Some(RequestError::Busy(format!("{} requests are on the decode node", self.requests.len())))
         } else if self.inbound.draining {
             Some(RequestError::Busy("the decode node is draining".into()))
         } else {
@@ -265,11 +245,7 @@ impl Node {
         };
         let generation = &request.expect.generation;
         if first.len() != generation.choices as usize {
-            let error = format!(
-                "{} first tokens came for {} completions",
-                first.len(),
-                generation.choices
-            );
+            let error = format!("{} first tokens came for {} completions", first.len(), generation.choices);
             self.free(id);
             self.fail(id, RequestError::Internal(error));
             return;
@@ -285,9 +261,7 @@ impl Node {
             let mine = whole + choice * own;
             pages.extend_from_slice(&request.pages[mine..mine + own]);
             if half_filled && choice > 0 {
-                self.kv
-                    .copy_page(request.pages[whole], pages[whole])
-                    .expect("both pages are of this pool");
+                self.kv.copy_page(request.pages[whole], pages[whole]).expect("both pages are of this pool");
             }
             let choice = ChoiceIdx(choice as u32);
             match Completion::start(choice, prompt, generation, max_tokens, pages, first) {
@@ -306,11 +280,7 @@ impl Node {
     fn step(&mut self) {
         let mut running: Vec<(RequestId, usize)> = Vec::new();
         for (id, request) in &self.requests {
-            let unfinished = request
-                .completions
-                .iter()
-                .enumerate()
-                .filter(|(_, c)| !c.is_finished());
+            let unfinished = request.completions.iter().enumerate().filter(|(_, c)| !c.is_finished());
             running.extend(unfinished.map(|(at, _)| (*id, at)));
         }
         if running.len() > self.limits.max_batch {
@@ -325,12 +295,7 @@ impl Node {
                 let completion = &self.requests[id].completions[*at];
                 let (token, position) = completion.next();
                 let tokens = std::slice::from_ref(token);
-                Sequence {
-                    tokens,
-                    start: position,
-                    pages: &completion.pages,
-                    logits: true,
-                }
+                Sequence { tokens, start: position, pages: &completion.pages, logits: true }
             })
             .collect();
         match self.engine.step(&batch, &mut self.kv, &mut |_, _| {}) {
@@ -378,20 +343,13 @@ impl Node {
         for id in &done {
             self.free(*id);
         }
-        Told {
-            all,
-            freed: !done.is_empty(),
-        }
+        Told { all, freed: !done.is_empty() }
     }
 
     fn end_late(&mut self) {
         let now = self.inbound.clock.now();
-        let late: Vec<_> = self
-            .requests
-            .iter()
-            .filter(|(_, request)| request.deadline <= now)
-            .map(|(id, _)| *id)
-            .collect();
+        let late: Vec<_> =
+            self.requests.iter().filter(|(_, request)| request.deadline <= now).map(|(id, _)| *id).collect();
         for id in late {
             self.end(id);
             self.fail(id, RequestError::Deadline("the generation took too long".into()));

@@ -27,7 +27,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     let mut engine = CpuEngine::load(&dir, options)?;
     let peak = Cpu::with_isa(options.isa, options.threads).peak_gflops(TIME / 6);
-    println!("{} on {} threads, {}: peak {peak:.0} GFLOP/s", engine.info().name, options.threads, options.isa);
+    println!(
+        "{} on {} threads, {}: peak {peak:.0} GFLOP/s",
+        engine.info().name,
+        options.threads,
+        options.isa
+    );
 
     let mut bench = Bench::new(&engine)?;
     for tokens in [512, 2000] {

@@ -91,7 +91,8 @@ impl Config {
             (None, Family::Qwen3) => 128,
             (None, _) if hidden.is_multiple_of(heads) => hidden / heads,
             (None, _) => {
-                let allowed = format!("a multiple of num_attention_heads, {heads}, where head_dim is not given");
+                let allowed =
+                    format!("a multiple of num_attention_heads, {heads}, where head_dim is not given");
                 return Err(LoadError::field("hidden_size", hidden, allowed));
             }
         };
@@ -202,10 +203,13 @@ fn windows(config: &Settings<'_>, family: Family, layers: usize) -> Result<Vec<O
                     (Some("full_attention"), _) => Ok(None),
                     (Some("sliding_attention"), Some(window)) => Ok(Some(window)),
                     (Some("sliding_attention"), None) => {
-                        let allowed = "a number of positions, and use_sliding_window true, beside sliding layer_types";
+                        let allowed =
+                            "a number of positions, and use_sliding_window true, beside sliding layer_types";
                         Err(LoadError::field("sliding_window", "not in use", allowed))
                     }
-                    _ => Err(LoadError::unsupported("layer_types", kind, "full_attention, sliding_attention")),
+                    _ => {
+                        Err(LoadError::unsupported("layer_types", kind, "full_attention, sliding_attention"))
+                    }
                 })
                 .collect()
         }
@@ -214,7 +218,11 @@ fn windows(config: &Settings<'_>, family: Family, layers: usize) -> Result<Vec<O
 
 impl Generation {
     /// Special tokens are where `generation_config.json` says, else where `config.json` does.
-    fn read(generation: &Settings<'_>, config: &Settings<'_>, vocab_size: usize) -> Result<Generation, LoadError> {
+    fn read(
+        generation: &Settings<'_>,
+        config: &Settings<'_>,
+        vocab_size: usize,
+    ) -> Result<Generation, LoadError> {
         let tokens = |field: &str| match generation.tokens(field, vocab_size)? {
             Some(tokens) => Ok(tokens),
             None => Ok::<_, LoadError>(config.tokens(field, vocab_size)?.unwrap_or_default()),

@@ -70,7 +70,8 @@ impl CpuEngine {
         let mut backend = CpuBackend { cpu: Cpu::with_isa(options.isa, options.threads) };
         let model = Model::load(&mut backend, &config, &weights)?;
         weights.refuse_unused(&config.architecture)?;
-        let name = dir.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        let name =
+            dir.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
         let info = ModelInfo {
             name: name.unwrap_or_else(|| "model".to_owned()),
             vocab_size: config.vocab_size as u32,

@@ -19,7 +19,9 @@ pub enum LoadError {
         source: std::io::Error,
     },
     /// The folder holds no weights that can be read.
-    #[error("{path} holds neither model.safetensors nor model.safetensors.index.json; other formats must be converted to safetensors first")]
+    #[error(
+        "{path} holds neither model.safetensors nor model.safetensors.index.json; other formats must be converted to safetensors first"
+    )]
     NoWeights {
         /// The folder.
         path: PathBuf,
@@ -91,7 +93,11 @@ impl LoadError {
         LoadError::Malformed { path: path.to_owned(), reason: reason.to_string() }
     }
 
-    pub(crate) fn unsupported(field: impl ToString, value: impl ToString, supported: impl ToString) -> LoadError {
+    pub(crate) fn unsupported(
+        field: impl ToString,
+        value: impl ToString,
+        supported: impl ToString,
+    ) -> LoadError {
         LoadError::Unsupported {
             field: field.to_string(),
             value: value.to_string(),

@@ -132,7 +132,12 @@ impl<R> Scratch<R> {
         for sequence in step.wanted {
             let span = step.spans[*sequence];
             let last = span.tokens - 1;
-            spans.push(Span { row: rows.len(), tokens: 1, start: span.start + last as u32, pages: span.pages });
+            spans.push(Span {
+                row: rows.len(),
+                tokens: 1,
+                start: span.start + last as u32,
+                pages: span.pages,
+            });
             rows.push(span.row + last);
         }
         backend.select(&self.hidden, &rows, &mut self.chosen);
@@ -144,7 +149,12 @@ impl<R> Scratch<R> {
 }
 
 impl<B: Backend> Layer<B> {
-    fn load(backend: &mut B, config: &Config, weights: &Weights, layer: usize) -> Result<Layer<B>, LoadError> {
+    fn load(
+        backend: &mut B,
+        config: &Config,
+        weights: &Weights,
+        layer: usize,
+    ) -> Result<Layer<B>, LoadError> {
         let Config { hidden, intermediate, heads, kv_heads, head_dim, .. } = *config;
         let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
         let name = |part: &str| format!("model.layers.{layer}.{part}");
@@ -185,7 +195,8 @@ impl<B: Backend> Layer<B> {
                 .matrix(&[weight("self_attn.o_proj", hidden, q_width, config.output_bias)?], q_width),
             mlp_norm: backend.vector(vector("post_attention_layernorm", hidden)?),
             gate_up: backend.gated_matrix(gate, up, hidden),
-            down: backend.matrix(&[weight("mlp.down_proj", hidden, intermediate, config.mlp_bias)?], intermediate),
+            down: backend
+                .matrix(&[weight("mlp.down_proj", hidden, intermediate, config.mlp_bias)?], intermediate),
         })
     }
 

@@ -72,9 +72,8 @@ impl Rope {
             Scaling::Yarn { factor, original, fast, slow, truncate, attention } => {
                 let dim = head_dim as f32;
                 // The dimension that turns so many times within the original context.
-                let turning = |rotations: f32| {
-                    dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
-                };
+                let turning =
+                    |rotations: f32| dim * (original / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln());
                 let (mut low, mut high) = (turning(fast), turning(slow));
                 if truncate {
                     (low, high) = (low.floor(), high.ceil());
@@ -95,7 +94,11 @@ impl Rope {
 }
 
 impl Scaling {
-    fn read(parameters: &Settings<'_>, config: &Settings<'_>, max_positions: u32) -> Result<Scaling, LoadError> {
+    fn read(
+        parameters: &Settings<'_>,
+        config: &Settings<'_>,
+        max_positions: u32,
+    ) -> Result<Scaling, LoadError> {
         let kind = match parameters.text("rope_type")? {
             Some(kind) => Some(kind),
             None => parameters.text("type")?,
@@ -105,12 +108,20 @@ impl Scaling {
             None | Some("default") => {
                 // Without a type, anything but the base would be silently ignored.
                 if kind.is_none() && parameters.has("factor") {
-                    return Err(LoadError::field(parameters.path("rope_type"), "missing", "given beside factor"));
+                    return Err(LoadError::field(
+                        parameters.path("rope_type"),
+                        "missing",
+                        "given beside factor",
+                    ));
                 }
                 match parameters.nested() {
                     Some(name) => {
                         let field = parameters.path(&name);
-                        Err(LoadError::unsupported(field, "an object", "one set of parameters for all layers"))
+                        Err(LoadError::unsupported(
+                            field,
+                            "an object",
+                            "one set of parameters for all layers",
+                        ))
                     }
                     None => Ok(Scaling::None),
                 }
@@ -126,7 +137,11 @@ impl Scaling {
                 match scaling {
                     Scaling::Llama3 { low, high, .. } if low >= high => {
                         let field = parameters.path("high_freq_factor");
-                        Err(LoadError::field(field, high, format_args!("greater than low_freq_factor, {low}")))
+                        Err(LoadError::field(
+                            field,
+                            high,
+                            format_args!("greater than low_freq_factor, {low}"),
+                        ))
                     }
                     scaling => Ok(scaling),
                 }
@@ -163,7 +178,11 @@ impl Scaling {
             (None, _) => temperature(1.0),
         };
         if !(1e-3..=1e3).contains(&attention) {
-            return Err(LoadError::field(parameters.path("attention_factor"), attention, "from 0.001 to 1000"));
+            return Err(LoadError::field(
+                parameters.path("attention_factor"),
+                attention,
+                "from 0.001 to 1000",
+            ));
         }
         let or = |value: Option<f32>, default: f32| value.filter(|v| *v > 0.0).unwrap_or(default);
         Ok(Scaling::Yarn {

@@ -53,7 +53,11 @@ impl Sampler {
     ///
     /// # Errors
     /// When a parameter is out of bounds.
-    pub fn new(params: &SamplingParams, choice: ChoiceIdx, prompt: &[TokenId]) -> Result<Sampler, SamplingError> {
+    pub fn new(
+        params: &SamplingParams,
+        choice: ChoiceIdx,
+        prompt: &[TokenId],
+    ) -> Result<Sampler, SamplingError> {
         check(params)?;
         let prompt =
             if params.repetition_penalty == 1.0 { HashSet::new() } else { prompt.iter().copied().collect() };
@@ -104,7 +108,11 @@ impl Sampler {
             let new = self.generated.keys().filter(|token| !self.prompt.contains(token));
             for token in self.prompt.iter().chain(new) {
                 if let Some(logit) = logits.get_mut(token.0 as usize) {
-                    *logit = if *logit > 0.0 { *logit / p.repetition_penalty } else { *logit * p.repetition_penalty };
+                    *logit = if *logit > 0.0 {
+                        *logit / p.repetition_penalty
+                    } else {
+                        *logit * p.repetition_penalty
+                    };
                 }
             }
         }
@@ -169,7 +177,12 @@ fn check(p: &SamplingParams) -> Result<(), SamplingError> {
         ("min_p", p.min_p, (0.0..=1.0).contains(&p.min_p), "from 0 to 1"),
         ("presence_penalty", p.presence_penalty, p.presence_penalty.abs() <= 100.0, "from -100 to 100"),
         ("frequency_penalty", p.frequency_penalty, p.frequency_penalty.abs() <= 100.0, "from -100 to 100"),
-        ("repetition_penalty", p.repetition_penalty, (0.01..=100.0).contains(&p.repetition_penalty), "from 0.01 to 100"),
+        (
+            "repetition_penalty",
+            p.repetition_penalty,
+            (0.01..=100.0).contains(&p.repetition_penalty),
+            "from 0.01 to 100",
+        ),
         ("top_logprobs", top as f32, top <= MAX_TOP_LOGPROBS, "at most 20"),
     ];
     let bias = p.logit_bias.iter().find(|(_, bias)| !bias.is_finite());
@@ -214,7 +227,8 @@ impl RawLogprobs {
         }
         order.truncate(count);
         order.sort_unstable_by(likelier);
-        let top = order.iter().map(|t| (TokenId(*t), (f64::from(logits[*t as usize]) - offset) as f32)).collect();
+        let top =
+            order.iter().map(|t| (TokenId(*t), (f64::from(logits[*t as usize]) - offset) as f32)).collect();
         RawLogprobs { logits: logits.to_vec(), offset, top }
     }
 
@@ -291,7 +305,8 @@ mod tests {
 
     #[test]
     fn any_node_goes_on_where_another_stopped() {
-        let params = SamplingParams { seed: 9, frequency_penalty: 0.5, repetition_penalty: 1.2, ..Default::default() };
+        let params =
+            SamplingParams { seed: 9, frequency_penalty: 0.5, repetition_penalty: 1.2, ..Default::default() };
         let all = drawn(&params, &LOGITS, 20);
         let mut later = Sampler::new(&params, ChoiceIdx(0), &[]).unwrap();
         all[..7].iter().for_each(|token| later.observe(TokenId(*token)));
@@ -299,7 +314,8 @@ mod tests {
             assert_eq!(later.sample(&mut LOGITS.to_vec(), index as u32).unwrap().token.0, *want);
         }
         let mut other = Sampler::new(&params, ChoiceIdx(1), &[]).unwrap();
-        let tokens: Vec<u32> = (0..20).map(|i| other.sample(&mut LOGITS.to_vec(), i).unwrap().token.0).collect();
+        let tokens: Vec<u32> =
+            (0..20).map(|i| other.sample(&mut LOGITS.to_vec(), i).unwrap().token.0).collect();
         assert_ne!(tokens, all);
     }
 
@@ -319,8 +335,12 @@ mod tests {
     #[test]
     fn logprobs_are_of_the_raw_logits() {
         let bias = vec![(TokenId(4), 50.0)];
-        let params =
-            SamplingParams { temperature: 0.0, logit_bias: bias, top_logprobs: Some(2), ..Default::default() };
+        let params = SamplingParams {
+            temperature: 0.0,
+            logit_bias: bias,
+            top_logprobs: Some(2),
+            ..Default::default()
+        };
         let mut sampler = Sampler::new(&params, ChoiceIdx(0), &[]).unwrap();
         let sampled = sampler.sample(&mut LOGITS.to_vec(), 0).unwrap();
         assert_eq!(sampled.token, TokenId(4));

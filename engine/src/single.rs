@@ -137,7 +137,11 @@ impl<E: Engine> SingleProcess<E> {
                 return refuse("prompt and max_tokens must not be empty".to_owned());
             }
             if r.prompt.len() > info.max_positions as usize {
-                return refuse(format!("prompt of {} tokens, the model takes {}", r.prompt.len(), info.max_positions));
+                return refuse(format!(
+                    "prompt of {} tokens, the model takes {}",
+                    r.prompt.len(),
+                    info.max_positions
+                ));
             }
             if self.pages_of(r) > self.kv.pages() {
                 return refuse(format!("needs {} pages, the pool has {}", self.pages_of(r), self.kv.pages()));
@@ -157,7 +161,12 @@ impl<E: Engine> SingleProcess<E> {
         info.kv.pages(tokens as u32)
     }
 
-    fn join(&mut self, waiting: &mut VecDeque<(usize, Sampler)>, running: &mut Vec<Running>, all: &[GenRequest]) {
+    fn join(
+        &mut self,
+        waiting: &mut VecDeque<(usize, Sampler)>,
+        running: &mut Vec<Running>,
+        all: &[GenRequest],
+    ) {
         while let Some((request, _)) = waiting.front() {
             let needed = self.pages_of(&all[*request]) as usize;
             if needed > self.free.len() {

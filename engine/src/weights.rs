@@ -53,7 +53,8 @@ impl Weights {
 
     fn add(&mut self, path: &Path) -> Result<(), LoadError> {
         let data = map(path).map_err(|source| LoadError::Read { path: path.to_owned(), source })?;
-        let (header, metadata) = SafeTensors::read_metadata(&data).map_err(|e| LoadError::malformed(path, e))?;
+        let (header, metadata) =
+            SafeTensors::read_metadata(&data).map_err(|e| LoadError::malformed(path, e))?;
         for (name, info) in metadata.tensors() {
             let (start, end) = info.data_offsets;
             let offset = header + LENGTH_BYTES;
@@ -61,8 +62,7 @@ impl Weights {
             if data.get(range.clone()).is_none() {
                 return Err(LoadError::malformed(path, format_args!("tensor {name} lies outside the file")));
             }
-            let place =
-                Place { file: self.files.len(), range, dtype: info.dtype, shape: info.shape.clone() };
+            let place = Place { file: self.files.len(), range, dtype: info.dtype, shape: info.shape.clone() };
             if self.tensors.insert(name.clone(), place).is_some() {
                 return Err(LoadError::malformed(path, format_args!("tensor {name} is in another file too")));
             }
@@ -73,7 +73,8 @@ impl Weights {
 
     /// The tensor called `name`, which must have `shape`.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
-        let place = self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor { name: name.to_owned() })?;
+        let place =
+            self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor { name: name.to_owned() })?;
         let dtype = match place.dtype {
             Stored::F32 => Dtype::F32,
             Stored::F16 => Dtype::F16,
@@ -142,7 +143,9 @@ fn shards(dir: &Path) -> Result<Vec<PathBuf>, LoadError> {
         let Some(file) = file.as_str().filter(|name| is_plain(name)) else {
             return Err(LoadError::malformed(
                 &index,
-                format_args!("tensor {tensor} is said to be in {file}, which is not a file name ending in .safetensors"),
+                format_args!(
+                    "tensor {tensor} is said to be in {file}, which is not a file name ending in .safetensors"
+                ),
             ));
         };
         files.insert(file.to_owned());

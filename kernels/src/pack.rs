@@ -279,7 +279,8 @@ mod tests {
         let mut kv = KvPages::new(shape, 128).unwrap();
         let (layer, tokens) = (LayerIdx(0), shape.chunk_tokens - 3);
         let pages: Vec<PageId> = (0..128).map(|i| PageId(i * 37 % 128)).collect();
-        let packed: Vec<u8> = (0..tokens as usize * shape.layer_token_bytes()).map(|i| (i * 31 >> 3) as u8).collect();
+        let packed: Vec<u8> =
+            (0..tokens as usize * shape.layer_token_bytes()).map(|i| ((i * 31) >> 3) as u8).collect();
         assert!(packed.len() >= PARALLEL_BYTES);
         let sum = scatter_layer(&mut kv, layer, &pages, tokens, &packed).unwrap();
         assert_eq!(sum, xxh3_64(&packed));

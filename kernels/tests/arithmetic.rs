@@ -5,7 +5,8 @@ use half::{bf16, f16};
 use proptest::prelude::*;
 use tandem_kernels::KvPages;
 use tandem_kernels::cpu::{
-    Cpu, Dtype, Epilogue, Heads, Isa, Matrix, MatrixPart, Rows, Span, attention, linear, read_f32, rms_norm, store_kv,
+    Cpu, Dtype, Epilogue, Heads, Isa, Matrix, MatrixPart, Rows, Span, attention, linear, read_f32, rms_norm,
+    store_kv,
 };
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::{KvDtype, KvShape};
@@ -136,7 +137,8 @@ fn check_product(m: usize, n: usize, k: usize, seed: u64, dtype: Dtype, bias: bo
             linear(&cpu, &rows(1, k, &x[i * k..(i + 1) * k]), &matrix, epilogue, &mut alone);
             assert_eq!(bits(alone.data()), bits(out.row(i)), "{} row {i} alone", cpu.isa());
             for j in 0..n {
-                let dot = |c: usize| f64::from(x[i * k + c]) * f64::from(read_f32(dtype, &weights, j * k + c));
+                let dot =
+                    |c: usize| f64::from(x[i * k + c]) * f64::from(read_f32(dtype, &weights, j * k + c));
                 let mut want: f64 = (0..k).map(dot).sum();
                 if bias {
                     want += f64::from(read_f32(Dtype::F32, &biases, j));
@@ -145,7 +147,11 @@ fn check_product(m: usize, n: usize, k: usize, seed: u64, dtype: Dtype, bias: bo
                     want += f64::from(before[i * n + j]);
                 }
                 let got = f64::from(out.row(i)[j]);
-                assert!((got - want).abs() < 1e-4 * (k as f64).sqrt(), "{} at {i}, {j}: {got} for {want}", cpu.isa());
+                assert!(
+                    (got - want).abs() < 1e-4 * (k as f64).sqrt(),
+                    "{} at {i}, {j}: {got} for {want}",
+                    cpu.isa()
+                );
             }
         }
         let got = bits(out.data());
@@ -165,7 +171,8 @@ fn check_attention(heads: &Heads, spans: &[(u32, usize)], page_tokens: u32, dtyp
     };
     let width = heads.qkv_width();
     // All tokens of all sequences, of which a step computes the last ones.
-    let all: Vec<Vec<f32>> = lengths.iter().enumerate().map(|(i, len)| numbers(seed ^ i as u64, len * width)).collect();
+    let all: Vec<Vec<f32>> =
+        lengths.iter().enumerate().map(|(i, len)| numbers(seed ^ i as u64, len * width)).collect();
     let mut first: Option<Vec<u32>> = None;
     for cpu in machines() {
         let (mut kv, tables) = pages_of_nan(shape, &lengths);
@@ -233,7 +240,9 @@ fn attend_plainly(heads: &Heads, qkv: &[f32], position: usize, dtype: KvDtype) -
     for head in 0..heads.heads {
         let kv_head = head / (heads.heads / heads.kv_heads);
         let q = &qkv[position * width + head * dim..][..dim];
-        let part = |at: usize, kind: usize| &qkv[at * width + (heads.heads + kind * heads.kv_heads + kv_head) * dim..][..dim];
+        let part = |at: usize, kind: usize| {
+            &qkv[at * width + (heads.heads + kind * heads.kv_heads + kv_head) * dim..][..dim]
+        };
         let scores: Vec<f64> = (from..=position)
             .map(|at| {
                 let dot: f64 = q.iter().zip(part(at, 0)).map(|(q, k)| f64::from(*q) * stored(*k)).sum();

@@ -112,13 +112,7 @@ impl PagePool {
         self.share(pages);
         self.clock += 1;
         self.by_use.insert(self.clock, key);
-        self.chunks.insert(
-            key,
-            Chunk {
-                pages: pages.to_vec(),
-                last_use: self.clock,
-            },
-        );
+        self.chunks.insert(key, Chunk { pages: pages.to_vec(), last_use: self.clock });
     }
 
     /// The pages of the longest run of published chunks that starts `keys`, with the caller as one more holder.
@@ -146,13 +140,8 @@ impl PagePool {
     }
 
     fn evict_oldest_unheld(&mut self) {
-        let oldest = self
-            .by_use
-            .iter()
-            .find(|(_, key)| self.is_unheld(&self.chunks[*key]));
-        let (last_use, key) = oldest
-            .map(|(t, k)| (*t, *k))
-            .expect("`available` counted evictable pages");
+        let oldest = self.by_use.iter().find(|(_, key)| self.is_unheld(&self.chunks[*key]));
+        let (last_use, key) = oldest.map(|(t, k)| (*t, *k)).expect("`available` counted evictable pages");
         self.by_use.remove(&last_use);
         let chunk = self.chunks.remove(&key).expect("both maps hold the same chunks");
         self.release(&chunk.pages);
@@ -184,22 +173,12 @@ mod tests {
         // Chunk 1 is held by its reader, so chunk 2 goes although it is younger.
         assert!(pool.take(3).is_none());
         let c = pool.take(2).unwrap();
-        assert_eq!(
-            c.iter().collect::<std::collections::BTreeSet<_>>(),
-            b.iter().collect()
-        );
+        assert_eq!(c.iter().collect::<std::collections::BTreeSet<_>>(), b.iter().collect());
         assert!(pool.match_prefix(&[key(2)]).is_empty());
         pool.release(&hit);
         pool.release(&c);
         assert_eq!(pool.available(), 4);
-        assert_eq!(
-            pool.stats(),
-            PoolStats {
-                chunk_hits: 1,
-                chunk_misses: 2,
-                evicted_chunks: 1
-            }
-        );
+        assert_eq!(pool.stats(), PoolStats { chunk_hits: 1, chunk_misses: 2, evicted_chunks: 1 });
     }
 
     #[test]

@@ -56,17 +56,11 @@ impl HostRegion {
             )
         };
         if base == libc::MAP_FAILED {
-            return Err(RegionError::Map {
-                len,
-                source: std::io::Error::last_os_error(),
-            });
+            return Err(RegionError::Map { len, source: std::io::Error::last_os_error() });
         }
         // SAFETY: the range was just mapped; the advice changes no content, and failing it is harmless.
         unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
-        Ok(Arc::new(HostRegion {
-            base: base.cast(),
-            len,
-        }))
+        Ok(Arc::new(HostRegion { base: base.cast(), len }))
     }
 
     /// Bytes of the region.
@@ -87,17 +81,9 @@ impl HostRegion {
     /// When the range leaves the region.
     pub fn extent(self: &Arc<Self>, range: Range<usize>) -> Result<Extent, RegionError> {
         if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds {
-                start: range.start,
-                end: range.end,
-                len: self.len,
-            });
+            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len });
         }
-        Ok(Extent {
-            region: Arc::clone(self),
-            start: range.start,
-            len: range.end - range.start,
-        })
+        Ok(Extent { region: Arc::clone(self), start: range.start, len: range.end - range.start })
     }
 }
 
@@ -154,11 +140,7 @@ impl Extent {
     /// When `range` leaves the extent.
     pub fn part(&self, range: Range<usize>) -> Result<Extent, RegionError> {
         if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds {
-                start: range.start,
-                end: range.end,
-                len: self.len,
-            });
+            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len });
         }
         Ok(Extent {
             region: Arc::clone(&self.region),
@@ -205,9 +187,6 @@ mod tests {
         // SAFETY: this test is the only holder.
         unsafe { part.bytes_mut() }.fill(7);
         // SAFETY: as above.
-        assert_eq!(
-            unsafe { extent.bytes() }[9..21],
-            [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]
-        );
+        assert_eq!(unsafe { extent.bytes() }[9..21], [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
     }
 }

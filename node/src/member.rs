@@ -34,13 +34,7 @@ impl Member {
         unpark: Unpark,
     ) -> Member {
         let (gone, _) = broadcast::channel(64);
-        let member = Member {
-            control,
-            runtime: Handle::current(),
-            inbox,
-            unpark,
-            gone,
-        };
+        let member = Member { control, runtime: Handle::current(), inbox, unpark, gone };
         tokio::spawn(member.clone().forward(events));
         member
     }
@@ -108,17 +102,10 @@ impl Member {
     }
 
     async fn try_join(&self, router: &str, hello: &Hello) -> Result<NodeId, String> {
-        let mut addresses = tokio::net::lookup_host(router)
-            .await
-            .map_err(|error| error.to_string())?;
+        let mut addresses = tokio::net::lookup_host(router).await.map_err(|error| error.to_string())?;
         let address = addresses.next().ok_or("the name has no address")?;
-        let id = self
-            .control
-            .connect(address)
-            .await
-            .map_err(|error| error.to_string())?;
-        self.send(id, &Message::Hello(hello.clone()))
-            .map_err(|error| error.to_string())?;
+        let id = self.control.connect(address).await.map_err(|error| error.to_string())?;
+        self.send(id, &Message::Hello(hello.clone())).map_err(|error| error.to_string())?;
         Ok(id)
     }
 }
@@ -126,13 +113,11 @@ impl Member {
 impl Cluster for Member {
     fn send(&self, to: NodeId, message: &Message) -> Result<(), SendError> {
         let frame = wire::encode(message).map_err(|error| SendError::Unsendable(error.to_string()))?;
-        self.control
-            .send(to, lane(message), frame)
-            .map_err(|error| match error {
-                control::SendError::NotConnected { .. } => SendError::NotConnected,
-                control::SendError::Backlogged { .. } => SendError::Backlogged,
-                control::SendError::Oversize { .. } => SendError::Unsendable(error.to_string()),
-            })
+        self.control.send(to, lane(message), frame).map_err(|error| match error {
+            control::SendError::NotConnected { .. } => SendError::NotConnected,
+            control::SendError::Backlogged { .. } => SendError::Backlogged,
+            control::SendError::Oversize { .. } => SendError::Unsendable(error.to_string()),
+        })
     }
 
     fn dial(&self, peer: NodeId, address: SocketAddr) {
@@ -140,14 +125,10 @@ impl Cluster for Member {
         self.runtime.spawn(async move {
             let event = match member.control.connect(address).await {
                 Ok(id) if id == peer => NodeEvent::Up { peer },
-                Ok(id) => NodeEvent::DialFailed {
-                    peer,
-                    reason: format!("another node, {id}, is at {address}"),
-                },
-                Err(error) => NodeEvent::DialFailed {
-                    peer,
-                    reason: error.to_string(),
-                },
+                Ok(id) => {
+                    NodeEvent::DialFailed { peer, reason: format!("another node, {id}, is at {address}") }
+                }
+                Err(error) => NodeEvent::DialFailed { peer, reason: error.to_string() },
             };
             member.tell(event).await;
         });

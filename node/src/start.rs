@@ -47,28 +47,13 @@ pub struct NodeOptions {
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = kv_dtype, help_heading = "Memory and speed")]
     pub kv_dtype: KvDtype,
     /// Threads that compute. 0 takes as many as there are cores.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 0,
-        help_heading = "Memory and speed"
-    )]
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Memory and speed")]
     pub threads: usize,
     /// Threads that move KV, each with a socket of its own. One carries about half a gigabyte a second.
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 1,
-        help_heading = "Memory and speed"
-    )]
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Memory and speed")]
     pub data_threads: usize,
     /// The largest UDP payload between hosts: 1452 suits every Ethernet, 8952 suits jumbo frames.
-    #[arg(
-        long,
-        value_name = "BYTES",
-        default_value_t = 1452,
-        help_heading = "Memory and speed"
-    )]
+    #[arg(long, value_name = "BYTES", default_value_t = 1452, help_heading = "Memory and speed")]
     pub mtu: u16,
     /// Silence after which a peer counts as dead, and what it took part in is given up.
     ///
@@ -121,10 +106,7 @@ pub fn start(
     let shutdown = Shutdown::on_signals()?;
     let identity = options.tls.identity()?;
     let (engine, kv) = load(&options)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async move {
         let node = random_node_id().context("no randomness for the node's id")?;
         let tuning = Tuning {
@@ -133,34 +115,21 @@ pub fn start(
             keep_alive: options.peer_timeout / 6,
             ..Tuning::default()
         };
-        let limits = Limits {
-            tuning: tuning.clone(),
-            ..Limits::default()
-        };
+        let limits = Limits { tuning: tuning.clone(), ..Limits::default() };
         let (control, events) = Control::bind(options.control, &identity, node, limits)?;
-        let quic = QuicConfig {
-            threads: options.data_threads,
-            tuning,
-            ..QuicConfig::default()
-        };
+        let quic = QuicConfig { threads: options.data_threads, tuning, ..QuicConfig::default() };
         let mut transport = QuicTransport::bind(options.data, &identity, node, quic)?;
         let info = engine.info();
         let pool_tokens = u64::from(kv.pages()) * u64::from(info.kv.page_tokens);
         let hello = Hello {
             node,
-            name: if options.name.is_empty() {
-                format!("{role}-{node}")
-            } else {
-                options.name.clone()
-            },
+            name: if options.name.is_empty() { format!("{role}-{node}") } else { options.name.clone() },
             role,
             control: reachable(control.local_addr(), &options)?,
             data: reachable(transport.local_addr(), &options)?,
             fingerprint: info.fingerprint,
             kv: info.kv,
-            max_sequence_tokens: info
-                .max_positions
-                .min(pool_tokens.min(u64::from(u32::MAX)) as u32),
+            max_sequence_tokens: info.max_positions.min(pool_tokens.min(u64::from(u32::MAX)) as u32),
         };
         tracing::info!(name = hello.name, %node, control = %hello.control, data = %hello.data, "listening");
 
@@ -178,13 +147,11 @@ pub fn start(
             kv,
         };
         let (done, mut finished) = oneshot::channel();
-        std::thread::Builder::new()
-            .name(format!("{role}-loop"))
-            .spawn(move || {
-                unpark.bind_current_thread();
-                // Nobody listens only if the process is ending anyway.
-                let _ = done.send(run(parts));
-            })?;
+        std::thread::Builder::new().name(format!("{role}-loop")).spawn(move || {
+            unpark.bind_current_thread();
+            // Nobody listens only if the process is ending anyway.
+            let _ = done.send(run(parts));
+        })?;
         let result = tokio::select! {
             result = &mut finished => result,
             () = shutdown.requested() => {
@@ -206,10 +173,7 @@ pub fn start(
 
 fn load(options: &NodeOptions) -> anyhow::Result<(CpuEngine, KvPages)> {
     let begun = Instant::now();
-    let mut load = LoadOptions {
-        kv_dtype: options.kv_dtype,
-        ..LoadOptions::default()
-    };
+    let mut load = LoadOptions { kv_dtype: options.kv_dtype, ..LoadOptions::default() };
     if options.threads > 0 {
         load.threads = options.threads;
     }
@@ -219,10 +183,7 @@ fn load(options: &NodeOptions) -> anyhow::Result<(CpuEngine, KvPages)> {
     let page_bytes = info.kv.layers as usize * info.kv.layer_page_bytes();
     let pages = u32::try_from(options.kv_memory / page_bytes).unwrap_or(u32::MAX);
     let kv = KvPages::new(info.kv, pages).with_context(|| {
-        format!(
-            "--kv-memory {} bytes for pages of {page_bytes} bytes",
-            options.kv_memory
-        )
+        format!("--kv-memory {} bytes for pages of {page_bytes} bytes", options.kv_memory)
     })?;
     tracing::info!(
         model = info.name,

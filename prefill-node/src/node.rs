@@ -160,11 +160,7 @@ impl Node {
     }
 
     fn arrive(&mut self, prompt: Prompt) {
-        if let Some(at) = self
-            .cancelled_early
-            .iter()
-            .position(|request| *request == prompt.request)
-        {
+        if let Some(at) = self.cancelled_early.iter().position(|request| *request == prompt.request) {
             self.cancelled_early.remove(at);
             return;
         }
@@ -180,14 +176,9 @@ impl Node {
         } else if tokens > info.max_positions || pages > self.pool.pages() {
             let room =
                 (self.pool.pages() as u64 * u64::from(info.kv.page_tokens)).min(info.max_positions.into());
-            Some(RequestError::Invalid(format!(
-                "the prompt has {tokens} tokens, this node holds {room}"
-            )))
+            Some(RequestError::Invalid(format!("the prompt has {tokens} tokens, this node holds {room}")))
         } else if self.waiting.len() >= self.limits.max_waiting {
-            Some(RequestError::Busy(format!(
-                "{} prompts are waiting for prefill",
-                self.waiting.len()
-            )))
+            Some(RequestError::Busy(format!("{} prompts are waiting for prefill", self.waiting.len())))
         } else if self.outbound.draining {
             Some(RequestError::Busy("the prefill node is draining".into()))
         } else {
@@ -233,11 +224,7 @@ impl Node {
             if prompt.deadline <= now {
                 let error = RequestError::Deadline("the prompt waited too long for prefill".into());
                 self.fail(prompt.request, error);
-            } else if no_room
-                || prompt
-                    .decode
-                    .is_some_and(|decode| !self.outbound.is_linked(&decode))
-            {
+            } else if no_room || prompt.decode.is_some_and(|decode| !self.outbound.is_linked(&decode)) {
                 self.waiting.push_back(prompt);
             } else if let Err(prompt) = self.start(prompt) {
                 no_room = true;
@@ -262,19 +249,11 @@ impl Node {
         pages.extend(fresh);
         let pages: Arc<[PageId]> = pages.into();
         if let Some(decode) = prompt.decode {
-            self.outbound
-                .begin(&prompt, decode.node, Arc::clone(&pages), cached);
+            self.outbound.begin(&prompt, decode.node, Arc::clone(&pages), cached);
         }
         let request = prompt.request;
         self.computing.push_back(request);
-        let running = Running {
-            prompt,
-            pages,
-            keys,
-            computed: cached,
-            cached,
-            over: false,
-        };
+        let running = Running { prompt, pages, keys, computed: cached, cached, over: false };
         self.running.insert(request, running);
         Ok(())
     }
@@ -288,22 +267,13 @@ impl Node {
             let running = &self.running[request];
             let total = running.prompt.tokens.len() as u32;
             let rest = total - running.computed;
-            let take = if rest <= budget {
-                rest
-            } else {
-                budget / kv.chunk_tokens * kv.chunk_tokens
-            };
+            let take = if rest <= budget { rest } else { budget / kv.chunk_tokens * kv.chunk_tokens };
             if take == 0 {
                 break;
             }
             budget -= take;
             let (start, end) = (running.computed, running.computed + take);
-            shares.push(Share {
-                request: *request,
-                start,
-                end,
-                last: end == total,
-            });
+            shares.push(Share { request: *request, start, end, last: end == total });
         }
         let batch: Vec<_> = shares
             .iter()

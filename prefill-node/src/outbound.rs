@@ -150,8 +150,7 @@ impl Outbound {
     /// Waits for something to happen, until the deadline.
     pub fn wait(&self, until: Option<Time>) {
         let longest = std::time::Duration::from_secs(1);
-        self.inbox
-            .wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
+        self.inbox.wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
     }
 
     /// When a turn has something to do next if nothing happens.
@@ -171,14 +170,7 @@ impl Outbound {
             None if self.severing.contains(&to.node) => false,
             None => {
                 let until = self.clock.now().after_us(DIAL_TIMEOUT_US);
-                self.links.insert(
-                    to.node,
-                    Link::Connecting {
-                        control: false,
-                        data: false,
-                        until,
-                    },
-                );
+                self.links.insert(to.node, Link::Connecting { control: false, data: false, until });
                 self.cluster.dial(to.node, to.control);
                 self.transport.connect(to.node, to.data);
                 false
@@ -189,12 +181,10 @@ impl Outbound {
     /// The prompt has its pages: offers its KV. Chunks below `cached` tokens are in the pages already.
     pub fn begin(&mut self, prompt: &Prompt, to: NodeId, pages: Arc<[PageId]>, cached: u32) {
         self.page_tables.insert(prompt.request, pages);
-        self.sender
-            .begin(prompt.request, to, prompt.tokens.len() as u32, prompt.deadline);
+        self.sender.begin(prompt.request, to, prompt.tokens.len() as u32, prompt.deadline);
         for chunk in 0..cached / self.shape.chunk_tokens {
             for layer in 0..self.shape.layers {
-                self.sender
-                    .ready(prompt.request, ChunkIdx(chunk), LayerIdx(layer));
+                self.sender.ready(prompt.request, ChunkIdx(chunk), LayerIdx(layer));
             }
         }
     }
@@ -270,9 +260,9 @@ impl Outbound {
     fn on_message(&mut self, from: NodeId, message: Message) {
         let now = self.clock.now();
         match message {
-            Message::Submit(submit) => self
-                .arrived
-                .push_back(Arrival::Prompt(Prompt::new(submit, from, now))),
+            Message::Submit(submit) => {
+                self.arrived.push_back(Arrival::Prompt(Prompt::new(submit, from, now)))
+            }
             Message::Cancel { request } => self.arrived.push_back(Arrival::Cancelled(request)),
             Message::Handoff(handoff) => self.sender.message(now, from, handoff),
             other => {
@@ -283,9 +273,7 @@ impl Outbound {
 
     fn link_up(&mut self, peer: NodeId, part: impl FnOnce(&mut bool, &mut bool)) {
         if let Some(link @ Link::Connecting { .. }) = self.links.get_mut(&peer) {
-            let Link::Connecting { control, data, .. } = link else {
-                unreachable!("matched above")
-            };
+            let Link::Connecting { control, data, .. } = link else { unreachable!("matched above") };
             part(control, data);
             if *control && *data {
                 *link = Link::Up;
@@ -318,10 +306,7 @@ impl Outbound {
             .map(|(peer, _)| *peer)
             .collect();
         for peer in late {
-            self.unlink(
-                peer,
-                &format!("not reached within {} s", DIAL_TIMEOUT_US / 1_000_000),
-            );
+            self.unlink(peer, &format!("not reached within {} s", DIAL_TIMEOUT_US / 1_000_000));
         }
     }
 
@@ -340,8 +325,7 @@ impl Outbound {
                 Event::Failed { ticket, reason, .. } => {
                     if let Some(UnderWay { push, slot, .. }) = self.under_way.remove(&ticket) {
                         self.staging.free.push(slot);
-                        self.sender
-                            .not_sent(self.clock.now(), push.request, &reason.to_string());
+                        self.sender.not_sent(self.clock.now(), push.request, &reason.to_string());
                     }
                 }
                 Event::Severed { peer, reason } => {
@@ -402,14 +386,9 @@ impl Outbound {
         };
         let first = (push.chunk.0 * self.shape.chunk_tokens / self.shape.page_tokens) as usize;
         let count = self.shape.pages(push.tokens) as usize;
-        let source = slot
-            .part(0..push.len)
-            .expect("a slot holds a layer of a full chunk");
+        let source = slot.part(0..push.len).expect("a slot holds a layer of a full chunk");
         let pages = &pages[first..first + count];
-        let digest = match self
-            .kernels
-            .pack(kv, push.layer, pages, push.tokens, staged_mut(&source))
-        {
+        let digest = match self.kernels.pack(kv, push.layer, pages, push.tokens, staged_mut(&source)) {
             Ok(digest) => digest,
             Err(error) => {
                 self.sender.not_sent(now, push.request, &error.to_string());
@@ -425,8 +404,7 @@ impl Outbound {
         };
         match self.transport.submit(push.to, write) {
             Ok(()) => {
-                self.under_way
-                    .insert(self.next_ticket, UnderWay { push, digest, slot });
+                self.under_way.insert(self.next_ticket, UnderWay { push, digest, slot });
                 self.next_ticket += 1;
                 Ok(())
             }

@@ -186,14 +186,8 @@ impl KvShape {
 mod tests {
     use super::*;
 
-    const SHAPE: KvShape = KvShape {
-        layers: 3,
-        kv_heads: 2,
-        head_dim: 4,
-        page_tokens: 4,
-        chunk_tokens: 8,
-        dtype: KvDtype::F32,
-    };
+    const SHAPE: KvShape =
+        KvShape { layers: 3, kv_heads: 2, head_dim: 4, page_tokens: 4, chunk_tokens: 8, dtype: KvDtype::F32 };
 
     #[test]
     fn packed_extents_tile_the_chunk() {
@@ -226,13 +220,6 @@ mod tests {
     fn zero_and_ragged_shapes_are_refused() {
         assert!(SHAPE.validate().is_ok());
         assert!(KvShape { layers: 0, ..SHAPE }.validate().is_err());
-        assert!(
-            KvShape {
-                chunk_tokens: 9,
-                ..SHAPE
-            }
-            .validate()
-            .is_err()
-        );
+        assert!(KvShape { chunk_tokens: 9, ..SHAPE }.validate().is_err());
     }
 }

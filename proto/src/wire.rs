@@ -448,19 +448,11 @@ pub fn decode(frame: &[u8]) -> Result<Message, WireError> {
 }
 
 fn field(field: &'static str, value: impl ToString, allowed: impl ToString) -> WireError {
-    WireError::Field {
-        field,
-        value: value.to_string(),
-        allowed: allowed.to_string(),
-    }
+    WireError::Field { field, value: value.to_string(), allowed: allowed.to_string() }
 }
 
 fn at_most(name: &'static str, len: usize, max: usize) -> Result<(), WireError> {
-    if len > max {
-        Err(field(name, len, format_args!("at most {max} entries")))
-    } else {
-        Ok(())
-    }
+    if len > max { Err(field(name, len, format_args!("at most {max} entries"))) } else { Ok(()) }
 }
 
 fn check(message: &Message) -> Result<(), WireError> {
@@ -478,11 +470,7 @@ fn check(message: &Message) -> Result<(), WireError> {
         Message::FirstTokens(first) => check_sampled(&first.tokens, MAX_CHOICES as usize),
         Message::Tokens(tokens) => {
             if tokens.choice.0 >= MAX_CHOICES {
-                return Err(field(
-                    "choice",
-                    tokens.choice,
-                    format_args!("below {MAX_CHOICES}"),
-                ));
+                return Err(field("choice", tokens.choice, format_args!("below {MAX_CHOICES}")));
             }
             check_sampled(&tokens.tokens, MAX_PROMPT_TOKENS)
         }
@@ -516,18 +504,10 @@ fn check_error(error: &RequestError) -> Result<(), WireError> {
 
 fn check_work(prompt: &[TokenId], generation: &Generation) -> Result<(), WireError> {
     if prompt.is_empty() || prompt.len() > MAX_PROMPT_TOKENS {
-        return Err(field(
-            "prompt",
-            prompt.len(),
-            format_args!("1 to {MAX_PROMPT_TOKENS} tokens"),
-        ));
+        return Err(field("prompt", prompt.len(), format_args!("1 to {MAX_PROMPT_TOKENS} tokens")));
     }
     if generation.choices == 0 || generation.choices > MAX_CHOICES {
-        return Err(field(
-            "choices",
-            generation.choices,
-            format_args!("1 to {MAX_CHOICES}"),
-        ));
+        return Err(field("choices", generation.choices, format_args!("1 to {MAX_CHOICES}")));
     }
     if generation.max_tokens == 0 {
         return Err(field("max_tokens", 0, "at least 1"));
@@ -535,11 +515,7 @@ fn check_work(prompt: &[TokenId], generation: &Generation) -> Result<(), WireErr
     at_most("stop_tokens", generation.stop_tokens.len(), MAX_TOKEN_LIST)?;
     let sampling = &generation.sampling;
     at_most("logit_bias", sampling.logit_bias.len(), MAX_TOKEN_LIST)?;
-    at_most(
-        "top_logprobs",
-        sampling.top_logprobs.unwrap_or(0).into(),
-        MAX_TOP_LOGPROBS,
-    )?;
+    at_most("top_logprobs", sampling.top_logprobs.unwrap_or(0).into(), MAX_TOP_LOGPROBS)?;
     let rules = [
         ("temperature", sampling.temperature),
         ("top_p", sampling.top_p),
@@ -549,11 +525,7 @@ fn check_work(prompt: &[TokenId], generation: &Generation) -> Result<(), WireErr
         ("repetition_penalty", sampling.repetition_penalty),
     ];
     let biases = sampling.logit_bias.iter().map(|(_, bias)| ("logit_bias", *bias));
-    match rules
-        .into_iter()
-        .chain(biases)
-        .find(|(_, value)| !value.is_finite())
-    {
+    match rules.into_iter().chain(biases).find(|(_, value)| !value.is_finite()) {
         Some((name, value)) => Err(field(name, value, "a finite number")),
         None => Ok(()),
     }

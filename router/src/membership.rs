@@ -32,7 +32,9 @@ pub enum Refusal {
     #[error("it introduced itself twice")]
     Twice,
     /// It holds another model than the cluster.
-    #[error("it serves model {its}, and this cluster serves {ours}: start it with the same weights and options")]
+    #[error(
+        "it serves model {its}, and this cluster serves {ours}: start it with the same weights and options"
+    )]
     Model {
         /// Its model.
         its: Fingerprint,
@@ -157,7 +159,14 @@ pub(crate) mod tests {
             control: "127.0.0.1:1".parse().unwrap(),
             data: "127.0.0.1:2".parse().unwrap(),
             fingerprint: Fingerprint([1; 32]),
-            kv: KvShape { layers: 6, kv_heads: 2, head_dim: 64, page_tokens: 16, chunk_tokens: 256, dtype: KvDtype::F32 },
+            kv: KvShape {
+                layers: 6,
+                kv_heads: 2,
+                head_dim: 64,
+                page_tokens: 16,
+                chunk_tokens: 256,
+                dtype: KvDtype::F32,
+            },
             max_sequence_tokens: 4096,
         }
     }

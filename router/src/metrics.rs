@@ -10,7 +10,8 @@ use tandem_proto::wire::Role;
 
 /// Seconds, from a token of a small model to a long answer.
 const BUCKETS: [f64; 18] = [
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0,
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0,
 ];
 
 /// A number that only grows.
@@ -50,7 +51,9 @@ impl Histogram {
     fn write(&self, out: &mut String, name: &str, help: &str) {
         head(out, name, "histogram", help);
         let mut count = 0;
-        for (bucket, bound) in self.buckets.iter().zip(BUCKETS.iter().map(f64::to_string).chain(["+Inf".into()])) {
+        for (bucket, bound) in
+            self.buckets.iter().zip(BUCKETS.iter().map(f64::to_string).chain(["+Inf".into()]))
+        {
             count += bucket.load(Relaxed);
             let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {count}");
         }
@@ -108,7 +111,8 @@ impl Metrics {
     pub fn render(&self, gauges: Gauges, members: &[Member]) -> String {
         let mut out = String::new();
         head(&mut out, "tandem_router_http_requests_total", "counter", "Responses by endpoint and status.");
-        for ((endpoint, status), count) in self.requests.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for ((endpoint, status), count) in self.requests.lock().unwrap_or_else(PoisonError::into_inner).iter()
+        {
             let _ = writeln!(
                 out,
                 "tandem_router_http_requests_total{{endpoint=\"{endpoint}\",status=\"{status}\"}} {count}"
@@ -119,19 +123,42 @@ impl Metrics {
             ("requests_queued", "gauge", "Requests waiting for their turn.", gauges.queued as u64),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens.get()),
             ("completion_tokens_total", "counter", "Tokens of completions.", self.completion_tokens.get()),
-            ("cached_tokens_total", "counter", "Prompt tokens whose KV was reused.", self.cached_tokens.get()),
+            (
+                "cached_tokens_total",
+                "counter",
+                "Prompt tokens whose KV was reused.",
+                self.cached_tokens.get(),
+            ),
             ("retries_total", "counter", "Attempts repeated on other nodes.", self.retries.get()),
             ("cancellations_total", "counter", "Attempts nodes were told to end.", self.cancellations.get()),
-            ("client_disconnects_total", "counter", "Requests whose client went away.", self.disconnects.get()),
-            ("stream_failures_total", "counter", "Streams that ended in an error.", self.stream_failures.get()),
+            (
+                "client_disconnects_total",
+                "counter",
+                "Requests whose client went away.",
+                self.disconnects.get(),
+            ),
+            (
+                "stream_failures_total",
+                "counter",
+                "Streams that ended in an error.",
+                self.stream_failures.get(),
+            ),
             ("refused_nodes_total", "counter", "Nodes that were not taken in.", self.refused_nodes.get()),
         ] {
             let name = format!("tandem_router_{name}");
             head(&mut out, &name, kind, help);
             let _ = writeln!(out, "{name} {value}");
         }
-        self.first_token.write(&mut out, "tandem_router_time_to_first_token_seconds", "Arrival to first token.");
-        self.between_tokens.write(&mut out, "tandem_router_inter_token_seconds", "Between tokens of a completion.");
+        self.first_token.write(
+            &mut out,
+            "tandem_router_time_to_first_token_seconds",
+            "Arrival to first token.",
+        );
+        self.between_tokens.write(
+            &mut out,
+            "tandem_router_inter_token_seconds",
+            "Between tokens of a completion.",
+        );
         self.whole.write(&mut out, "tandem_router_request_seconds", "Arrival to last token.");
         write_members(&mut out, members);
         out
@@ -162,7 +189,8 @@ fn write_members(out: &mut String, members: &[Member]) {
         for member in members {
             let (node, role) = (member.hello.node, member.hello.role);
             let called = escape(&member.hello.name);
-            let _ = writeln!(out, "{name}{{node=\"{node}\",name=\"{called}\",role=\"{role}\"}} {}", read(member));
+            let _ =
+                writeln!(out, "{name}{{node=\"{node}\",name=\"{called}\",role=\"{role}\"}} {}", read(member));
         }
     }
 }

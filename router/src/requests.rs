@@ -4,10 +4,10 @@
 //! prefill node, the others from the decode node over another connection, so they may overtake the first;
 //! both carry their index, which is all that order rests on.
 
+use crate::openai::ApiError;
 use crate::openai::logprobs::TokenLogprobs;
 use crate::openai::params::Params;
 use crate::openai::usage::Usage;
-use crate::openai::ApiError;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use tandem_proto::ids::TokenId;
@@ -48,7 +48,10 @@ impl Plan {
     ) -> Result<Plan, ApiError> {
         let defaults = &model.defaults;
         if prompt.is_empty() {
-            return Err(ApiError::field(param, format!("'{param}' has no tokens; there must be at least one.")));
+            return Err(ApiError::field(
+                param,
+                format!("'{param}' has no tokens; there must be at least one."),
+            ));
         }
         if prompt.len() >= max_len as usize || prompt.len() > MAX_PROMPT_TOKENS {
             return Err(ApiError::context_length(param, max_len, prompt.len(), params.max_tokens));
@@ -57,7 +60,8 @@ impl Plan {
         if params.max_tokens.is_some_and(|max| max > room) {
             return Err(ApiError::context_length(param, max_len, prompt.len(), params.max_tokens));
         }
-        let max_tokens = params.max_tokens.unwrap_or_else(|| defaults.max_new_tokens.unwrap_or(room).clamp(1, room));
+        let max_tokens =
+            params.max_tokens.unwrap_or_else(|| defaults.max_new_tokens.unwrap_or(room).clamp(1, room));
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_tokens.extend(&defaults.end_tokens);
@@ -250,7 +254,11 @@ impl Life {
                 return Err(Fault::Gap { choice: tokens.choice.0, have: have - 1, start: tokens.start });
             }
             // What repeats is dropped, so this holds no more than was asked for.
-            if tokens.start as usize + tokens.tokens.len() > have as usize || tokens.finish.is_some() {
+            let is_new = tokens.start as usize + tokens.tokens.len() > have as usize;
+            let is_last = tokens.finish.is_some();
+            let knows_last =
+                self.early.iter().any(|early| early.choice == tokens.choice && early.finish.is_some());
+            if is_new || (is_last && !knows_last) {
                 self.check_count(index, tokens.start, tokens.tokens.len())?;
                 self.early.push(tokens);
             }
@@ -456,10 +464,16 @@ mod tests {
                 .unwrap();
             }
         };
-        for order in [&[0, 1, 2][..], &[1, 2, 0], &[1, 0, 2], &[1, 1, 0, 1, 2, 2], &[3, 0], &[0, 3, 1], &[1, 2, 4, 0]] {
+        for order in
+            [&[0, 1, 2][..], &[1, 2, 0], &[1, 0, 2], &[1, 1, 0, 1, 2, 2], &[3, 0], &[0, 3, 1], &[1, 2, 4, 0]]
+        {
             let mut life = life(json!({}));
             messages(&mut life, order);
-            assert_eq!(collect(&mut life), [("one two three four".into(), Some(FinishReason::Stop))], "{order:?}");
+            assert_eq!(
+                collect(&mut life),
+                [("one two three four".into(), Some(FinishReason::Stop))],
+                "{order:?}"
+            );
             assert_eq!(life.usage().completion_tokens as usize, answer.len());
         }
     }

@@ -5,4 +5,5 @@
 //! - [`processes`]: the real binaries on loopback.
 #![forbid(unsafe_code)]
 
+pub mod processes;
 pub mod simulation;

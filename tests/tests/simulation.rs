@@ -7,9 +7,7 @@ fn seeds() -> std::ops::Range<u64> {
     let Ok(range) = std::env::var("TANDEM_SEEDS") else {
         return 0..2000;
     };
-    let parsed = range
-        .split_once("..")
-        .and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
+    let parsed = range.split_once("..").and_then(|(a, b)| Some(a.parse().ok()?..b.parse().ok()?));
     parsed.unwrap_or_else(|| panic!("TANDEM_SEEDS is {range:?}, expected FIRST..END"))
 }
 
@@ -40,10 +38,7 @@ fn two_thousand_seeds_break_no_rule() {
 #[test]
 fn the_same_seed_is_the_same_run() {
     for seed in 0..8 {
-        let (a, b) = (
-            run(seed, Weather::of(seed), None),
-            run(seed, Weather::of(seed), None),
-        );
+        let (a, b) = (run(seed, Weather::of(seed), None), run(seed, Weather::of(seed), None));
         assert_eq!(format!("{a:?}"), format!("{b:?}"), "seed {seed}");
     }
 }

@@ -27,12 +27,7 @@ impl Detokenizer {
     /// Starts a completion. With `skip_special_tokens`, special tokens leave no text.
     #[must_use]
     pub fn new(skip_special_tokens: bool) -> Detokenizer {
-        Detokenizer {
-            skip_special_tokens,
-            window: Vec::new(),
-            read: 0,
-            prefix: String::new(),
-        }
+        Detokenizer { skip_special_tokens, window: Vec::new(), read: 0, prefix: String::new() }
     }
 
     /// The text that `token` completes; empty while a character is incomplete.

@@ -90,10 +90,8 @@ impl TextModel {
     /// Names the file, and in it the field.
     pub fn load(dir: &Path) -> Result<TextModel, LoadError> {
         let tokenizer_json = required(&dir.join("tokenizer.json"), MAX_TOKENIZER_BYTES)?;
-        let tokenizer = Tokenizer::from_json(&tokenizer_json).map_err(|source| LoadError::Tokenizer {
-            dir: dir.to_owned(),
-            source,
-        })?;
+        let tokenizer = Tokenizer::from_json(&tokenizer_json)
+            .map_err(|source| LoadError::Tokenizer { dir: dir.to_owned(), source })?;
         let config_file = dir.join("config.json");
         let config = JsonFile::parse(&config_file, &required(&config_file, MAX_JSON_BYTES)?)?;
         let generation = JsonFile::optional(dir.join("generation_config.json"))?;
@@ -103,27 +101,14 @@ impl TextModel {
         let vocab_size = config.number("vocab_size")?;
         let vocab_end = tokenizer.vocab_end();
         if vocab_end > vocab_size {
-            let problem = format!(
-                "is {vocab_size}, but tokenizer.json has tokens up to {}",
-                vocab_end - 1
-            );
-            return Err(LoadError::Field {
-                file: config_file,
-                field: "vocab_size",
-                problem,
-            });
+            let problem = format!("is {vocab_size}, but tokenizer.json has tokens up to {}", vocab_end - 1);
+            return Err(LoadError::Field { file: config_file, field: "vocab_size", problem });
         }
 
         let text = tokenizer_config.special_token("eos_token");
-        let mut end_tokens: Vec<TokenId> = text
-            .and_then(|text| tokenizer.token_id(&text))
-            .into_iter()
-            .collect();
-        let ids = if generation.value["eos_token_id"].is_null() {
-            &config
-        } else {
-            &generation
-        };
+        let mut end_tokens: Vec<TokenId> =
+            text.and_then(|text| tokenizer.token_id(&text)).into_iter().collect();
+        let ids = if generation.value["eos_token_id"].is_null() { &config } else { &generation };
         end_tokens.extend(ids.tokens("eos_token_id", vocab_size)?);
         end_tokens.sort_unstable();
         end_tokens.dedup();
@@ -135,10 +120,7 @@ impl TextModel {
             let bos = tokenizer_config.special_token("bos_token");
             let eos = tokenizer_config.special_token("eos_token");
             let template = ChatTemplate::new(sources, bos, eos);
-            Some(template.map_err(|source| LoadError::Template {
-                dir: dir.to_owned(),
-                source,
-            })?)
+            Some(template.map_err(|source| LoadError::Template { dir: dir.to_owned(), source })?)
         };
         let defaults = GenerationDefaults {
             max_new_tokens: generation.optional_number("max_new_tokens")?,
@@ -153,26 +135,15 @@ impl TextModel {
             )?,
             end_tokens,
         };
-        Ok(TextModel {
-            tokenizer,
-            template,
-            defaults,
-            max_positions,
-            vocab_size,
-        })
+        Ok(TextModel { tokenizer, template, defaults, max_positions, vocab_size })
     }
 }
 
 fn required(file: &Path, max_bytes: u64) -> Result<Vec<u8>, LoadError> {
-    let failed = |cause: String| LoadError::File {
-        file: file.to_owned(),
-        cause,
-    };
+    let failed = |cause: String| LoadError::File { file: file.to_owned(), cause };
     let len = std::fs::metadata(file).map_err(|e| failed(e.to_string()))?.len();
     if len > max_bytes {
-        return Err(failed(format!(
-            "{len} bytes is more than the {max_bytes} that are read"
-        )));
+        return Err(failed(format!("{len} bytes is more than the {max_bytes} that are read")));
     }
     std::fs::read(file).map_err(|e| failed(e.to_string()))
 }
@@ -182,10 +153,7 @@ fn template_sources(dir: &Path, config: &JsonFile) -> Result<Vec<(String, String
     let file = dir.join("chat_template.jinja");
     if file.exists() {
         let bytes = required(&file, MAX_JSON_BYTES)?;
-        let text = String::from_utf8(bytes).map_err(|e| LoadError::File {
-            file,
-            cause: e.to_string(),
-        })?;
+        let text = String::from_utf8(bytes).map_err(|e| LoadError::File { file, cause: e.to_string() })?;
         return Ok(vec![("default".into(), text)]);
     }
     let problem = |problem: &str| LoadError::Field {
@@ -215,14 +183,8 @@ struct JsonFile {
 impl JsonFile {
     fn parse(file: &Path, bytes: &[u8]) -> Result<JsonFile, LoadError> {
         match serde_json::from_slice(bytes) {
-            Ok(value) => Ok(JsonFile {
-                file: file.to_owned(),
-                value,
-            }),
-            Err(e) => Err(LoadError::File {
-                file: file.to_owned(),
-                cause: e.to_string(),
-            }),
+            Ok(value) => Ok(JsonFile { file: file.to_owned(), value }),
+            Err(e) => Err(LoadError::File { file: file.to_owned(), cause: e.to_string() }),
         }
     }
 
@@ -230,10 +192,7 @@ impl JsonFile {
         if file.exists() {
             return JsonFile::parse(&file, &required(&file, MAX_JSON_BYTES)?);
         }
-        Ok(JsonFile {
-            file,
-            value: Value::Null,
-        })
+        Ok(JsonFile { file, value: Value::Null })
     }
 
     fn wrong(&self, field: &'static str, allowed: &str) -> LoadError {
@@ -241,11 +200,7 @@ impl JsonFile {
             Value::Null => format!("is missing; it must be {allowed}"),
             value => format!("is {value}; it must be {allowed}"),
         };
-        LoadError::Field {
-            file: self.file.clone(),
-            field,
-            problem,
-        }
+        LoadError::Field { file: self.file.clone(), field, problem }
     }
 
     fn number(&self, field: &'static str) -> Result<u32, LoadError> {
@@ -277,12 +232,8 @@ impl JsonFile {
 
     fn tokens(&self, field: &'static str, vocab_size: u32) -> Result<Vec<TokenId>, LoadError> {
         let token = |value: &Value| {
-            let id = value
-                .as_u64()
-                .and_then(|id| u32::try_from(id).ok())
-                .filter(|id| *id < vocab_size);
-            id.map(TokenId)
-                .ok_or_else(|| self.wrong(field, "a token of the vocabulary, or a list of them"))
+            let id = value.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|id| *id < vocab_size);
+            id.map(TokenId).ok_or_else(|| self.wrong(field, "a token of the vocabulary, or a list of them"))
         };
         match &self.value[field] {
             Value::Null => Ok(Vec::new()),
@@ -294,9 +245,6 @@ impl JsonFile {
     /// A special token's text, which stands plainly or as an object with more about it.
     fn special_token(&self, field: &str) -> Option<String> {
         let value = &self.value[field];
-        value
-            .as_str()
-            .or_else(|| value["content"].as_str())
-            .map(str::to_owned)
+        value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
     }
 }

@@ -40,11 +40,10 @@ impl StopStrings {
         self.held.push_str(piece);
         for (offset, byte) in piece.bytes().enumerate() {
             let end = start + offset + 1;
-            let ended = self
-                .patterns
-                .iter_mut()
-                .enumerate()
-                .filter_map(|(index, pattern)| pattern.step(byte).then_some((pattern.bytes.len(), index)));
+            let ended =
+                self.patterns.iter_mut().enumerate().filter_map(|(index, pattern)| {
+                    pattern.step(byte).then_some((pattern.bytes.len(), index))
+                });
             // Of those that end here, the longest began first. Every pattern takes its step.
             let found = ended.fold(None, |best: Option<(usize, usize)>, next| match best {
                 Some(best) if best.0 >= next.0 => Some(best),
@@ -52,24 +51,13 @@ impl StopStrings {
             });
             if let Some((len, index)) = found {
                 self.held.truncate(if self.include { end } else { end - len });
-                return StopMatch {
-                    text: std::mem::take(&mut self.held),
-                    stopped: Some(index),
-                };
+                return StopMatch { text: std::mem::take(&mut self.held), stopped: Some(index) };
             }
         }
         // A pattern matched so far starts at a character's first byte, so this cuts between characters.
-        let waiting = self
-            .patterns
-            .iter()
-            .map(|pattern| pattern.matched)
-            .max()
-            .unwrap_or(0);
+        let waiting = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
         let kept = self.held.split_off(self.held.len() - waiting);
-        StopMatch {
-            text: std::mem::replace(&mut self.held, kept),
-            stopped: None,
-        }
+        StopMatch { text: std::mem::replace(&mut self.held, kept), stopped: None }
     }
 
     /// What was held back, when no text follows.
@@ -101,11 +89,7 @@ impl Pattern {
             matched += usize::from(bytes[matched] == bytes[end]);
             fallback[end + 1] = matched;
         }
-        Pattern {
-            bytes,
-            fallback,
-            matched: 0,
-        }
+        Pattern { bytes, fallback, matched: 0 }
     }
 
     /// Whether the string is complete with `byte`.

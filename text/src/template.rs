@@ -22,7 +22,6 @@ const MAX_INDENT: usize = 16;
 pub struct ChatTemplate {
     environment: Environment<'static>,
     has_tool_template: bool,
-    mentions_tools: bool,
     bos: Option<String>,
     eos: Option<String>,
 }
@@ -79,46 +78,28 @@ impl ChatTemplate {
     ) -> Result<ChatTemplate, TemplateError> {
         let mut environment = environment();
         let only = sources.len() == 1;
-        let mentions_tools = sources.iter().any(|(_, source)| source.contains("tools"));
         let mut names = Vec::new();
         for (name, source) in sources {
             let name = if only { "default".to_owned() } else { name };
-            let failed = |cause: String| TemplateError::Template {
-                name: name.clone(),
-                cause,
-            };
+            let failed = |cause: String| TemplateError::Template { name: name.clone(), cause };
             if source.len() > MAX_TEMPLATE_BYTES {
-                return Err(failed(format!(
-                    "{} bytes is more than {MAX_TEMPLATE_BYTES}",
-                    source.len()
-                )));
+                return Err(failed(format!("{} bytes is more than {MAX_TEMPLATE_BYTES}", source.len())));
             }
-            environment
-                .add_template_owned(name.clone(), source)
-                .map_err(|e| failed(describe(&e)))?;
+            environment.add_template_owned(name.clone(), source).map_err(|e| failed(describe(&e)))?;
             names.push(name);
         }
         if !names.iter().any(|name| name == "default") {
             let cause = format!("there are only {}", names.join(", "));
-            return Err(TemplateError::Template {
-                name: "default".into(),
-                cause,
-            });
+            return Err(TemplateError::Template { name: "default".into(), cause });
         }
         let has_tool_template = names.iter().any(|name| name == "tool_use");
-        Ok(ChatTemplate {
-            environment,
-            has_tool_template,
-            mentions_tools,
-            bos,
-            eos,
-        })
+        Ok(ChatTemplate { environment, has_tool_template, bos, eos })
     }
 
-    /// Whether the template does something with tools.
+    /// Whether any of the templates holds `word`: a role or a variable that it may know or not.
     #[must_use]
-    pub fn supports_tools(&self) -> bool {
-        self.has_tool_template || self.mentions_tools
+    pub fn mentions(&self, word: &str) -> bool {
+        self.environment.templates().any(|(_, template)| template.source().contains(word))
     }
 
     /// The prompt's text.
@@ -126,15 +107,9 @@ impl ChatTemplate {
     /// # Errors
     /// When the template refuses the messages, or cannot cope with them.
     pub fn render(&self, input: &ChatInput) -> Result<String, TemplateError> {
-        let mut variables: BTreeMap<String, Value> = input
-            .kwargs
-            .iter()
-            .map(|(name, value)| (name.clone(), Value::from_serialize(value)))
-            .collect();
-        let final_text = input
-            .messages
-            .last()
-            .and_then(|message| message["content"].as_str());
+        let mut variables: BTreeMap<String, Value> =
+            input.kwargs.iter().map(|(name, value)| (name.clone(), Value::from_serialize(value))).collect();
+        let final_text = input.messages.last().and_then(|message| message["content"].as_str());
         let mut set = |name: &str, value: Value| variables.insert(name.to_owned(), value);
         set("messages", Value::from_serialize(&input.messages));
         set("add_generation_prompt", Value::from(input.add_generation_prompt));
@@ -146,19 +121,10 @@ impl ChatTemplate {
         if let Some(eos) = &self.eos {
             set("eos_token", Value::from(eos));
         }
-        let name = if input.tools.is_some() && self.has_tool_template {
-            "tool_use"
-        } else {
-            "default"
-        };
-        let template = self
-            .environment
-            .get_template(name)
-            .map_err(|e| TemplateError::Render(describe(&e)))?;
-        let mut output = Capped {
-            bytes: Vec::new(),
-            full: false,
-        };
+        let name = if input.tools.is_some() && self.has_tool_template { "tool_use" } else { "default" };
+        let template =
+            self.environment.get_template(name).map_err(|e| TemplateError::Render(describe(&e)))?;
+        let mut output = Capped { bytes: Vec::new(), full: false };
         match template.render_captured_to(variables, &mut output) {
             Ok(_) => {}
             Err(_) if output.full => return Err(TemplateError::Long),
@@ -171,9 +137,7 @@ impl ChatTemplate {
             match last.and_then(|last| text.rfind(last).map(|at| at + last.len())) {
                 Some(end) => text.truncate(end),
                 None => {
-                    return Err(TemplateError::Refused(
-                        "there is no final message to continue".into(),
-                    ));
+                    return Err(TemplateError::Refused("there is no final message to continue".into()));
                 }
             }
         }
@@ -200,9 +164,7 @@ fn describe(error: &Error) -> String {
     match error.line() {
         Some(line) => format!(
             "{} (line {line})",
-            error
-                .detail()
-                .map_or_else(|| error.kind().to_string(), str::to_owned)
+            error.detail().map_or_else(|| error.kind().to_string(), str::to_owned)
         ),
         None => error.to_string(),
     }
@@ -224,15 +186,10 @@ fn environment() -> Environment<'static> {
     });
     environment.add_filter("tojson", tojson);
     environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
-        Err(Error::new(
-            ErrorKind::InvalidOperation,
-            format!("{RAISED}{message}"),
-        ))
+        Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
     });
     environment.add_function("strftime_now", |format: String| {
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         strftime(&format, now)
     });
     environment
@@ -245,13 +202,7 @@ fn python_str(value: &Value) -> String {
         ValueKind::None => "None".into(),
         ValueKind::Seq => {
             let items = value.try_iter().into_iter().flatten();
-            format!(
-                "[{}]",
-                items
-                    .map(|item| python_repr(&item))
-                    .collect::<Vec<_>>()
-                    .join(", ")
-            )
+            format!("[{}]", items.map(|item| python_repr(&item)).collect::<Vec<_>>().join(", "))
         }
         ValueKind::Map => {
             let keys = value.try_iter().into_iter().flatten();
@@ -269,11 +220,7 @@ fn python_repr(value: &Value) -> String {
     let Some(text) = value.as_str() else {
         return python_str(value);
     };
-    let quote = if text.contains('\'') && !text.contains('"') {
-        '"'
-    } else {
-        '\''
-    };
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::from(quote);
     for c in text.chars() {
         match c {
@@ -304,14 +251,9 @@ fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value,
             Some(" ".repeat(width.min(MAX_INDENT)))
         }
     };
-    let (mut item, mut key) = (
-        if indent.is_some() { "," } else { ", " }.to_owned(),
-        ": ".to_owned(),
-    );
+    let (mut item, mut key) = (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned());
     if let Some(separators) = kwargs.get::<Option<Vec<String>>>("separators")? {
-        [item, key] = separators
-            .try_into()
-            .map_err(|_| refused("separators must be a pair"))?;
+        [item, key] = separators.try_into().map_err(|_| refused("separators must be a pair"))?;
     }
     let sort_keys = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     let _ = kwargs.get::<Option<bool>>("ensure_ascii")?;
@@ -322,18 +264,10 @@ fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value,
         json.sort_all_objects();
     }
     let mut out = Vec::new();
-    let formatter = PythonJson {
-        indent,
-        item,
-        key,
-        depth: 0,
-        empty: false,
-    };
+    let formatter = PythonJson { indent, item, key, depth: 0, empty: false };
     json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter))
         .map_err(|e| refused(&e.to_string()))?;
-    String::from_utf8(out)
-        .map(Value::from)
-        .map_err(|e| refused(&e.to_string()))
+    String::from_utf8(out).map(Value::from).map_err(|e| refused(&e.to_string()))
 }
 
 /// The layout of `json.dumps`.
@@ -416,21 +350,9 @@ fn strftime(format: &str, unix_seconds: u64) -> String {
         "November",
         "December",
     ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let days = unix_seconds / 86_400;
-    let (hour, minute, second) = (
-        unix_seconds / 3600 % 24,
-        unix_seconds / 60 % 60,
-        unix_seconds % 60,
-    );
+    let (hour, minute, second) = (unix_seconds / 3600 % 24, unix_seconds / 60 % 60, unix_seconds % 60);
     let (year, month, day) = civil(days);
     let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
     let new_year = (1..month).map(|m| days_of_month(year, m)).sum::<u64>();
@@ -447,11 +369,7 @@ fn strftime(format: &str, unix_seconds: u64) -> String {
             directive = chars.next();
         }
         let number = |value: u64, width: usize| {
-            if unpadded {
-                value.to_string()
-            } else {
-                format!("{value:0width$}")
-            }
+            if unpadded { value.to_string() } else { format!("{value:0width$}") }
         };
         out.push_str(&match directive {
             Some('Y') => year.to_string(),

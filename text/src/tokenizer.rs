@@ -68,18 +68,9 @@ impl Tokenizer {
             Alphabet::SentencePiece
         };
         let decoder = inner.get_added_tokens_decoder();
-        let special = decoder
-            .iter()
-            .filter(|(_, token)| token.special)
-            .map(|(id, _)| *id)
-            .collect();
+        let special = decoder.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
         let added = decoder.keys().copied().collect();
-        Ok(Tokenizer {
-            inner,
-            alphabet,
-            added,
-            special,
-        })
+        Ok(Tokenizer { inner, alphabet, added, special })
     }
 
     /// The tokens of `text`. With `add_special_tokens` the tokenizer may add tokens at the start and end, as
@@ -91,10 +82,7 @@ impl Tokenizer {
     /// When the text is too long or cannot be tokenized.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TokenizerError> {
         if text.len() > MAX_TEXT_BYTES {
-            return Err(TokenizerError::Long {
-                bytes: text.len(),
-                max: MAX_TEXT_BYTES,
-            });
+            return Err(TokenizerError::Long { bytes: text.len(), max: MAX_TEXT_BYTES });
         }
         let encoding = self.inner.encode_fast(text, add_special_tokens);
         let encoding = encoding.map_err(|e| TokenizerError::Encode(e.to_string()))?;
@@ -107,9 +95,7 @@ impl Tokenizer {
     /// When the tokenizer's decoder fails.
     pub fn decode(&self, tokens: &[TokenId], skip_special_tokens: bool) -> Result<String, TokenizerError> {
         let ids: Vec<u32> = tokens.iter().map(|token| token.0).collect();
-        self.inner
-            .decode(&ids, skip_special_tokens)
-            .map_err(|e| TokenizerError::Decode(e.to_string()))
+        self.inner.decode(&ids, skip_special_tokens).map_err(|e| TokenizerError::Decode(e.to_string()))
     }
 
     /// Whether `token` controls the model rather than showing in text.
@@ -140,11 +126,9 @@ impl Tokenizer {
             return entry.into_bytes();
         }
         match self.alphabet {
-            Alphabet::ByteLevel => entry
-                .chars()
-                .map(byte_of_char)
-                .collect::<Option<_>>()
-                .unwrap_or_else(|| entry.into_bytes()),
+            Alphabet::ByteLevel => {
+                entry.chars().map(byte_of_char).collect::<Option<_>>().unwrap_or_else(|| entry.into_bytes())
+            }
             Alphabet::SentencePiece => {
                 let hex = entry.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
                 match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
@@ -158,17 +142,13 @@ impl Tokenizer {
 
 impl std::fmt::Debug for Tokenizer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tokenizer")
-            .field("alphabet", &self.alphabet)
-            .finish_non_exhaustive()
+        f.debug_struct("Tokenizer").field("alphabet", &self.alphabet).finish_non_exhaustive()
     }
 }
 
 fn mentions_byte_level(decoder: &Value) -> bool {
     decoder["type"] == "ByteLevel"
-        || decoder["decoders"]
-            .as_array()
-            .is_some_and(|parts| parts.iter().any(mentions_byte_level))
+        || decoder["decoders"].as_array().is_some_and(|parts| parts.iter().any(mentions_byte_level))
 }
 
 /// Undoes GPT-2's table, which writes printable bytes as themselves and the others from U+0100 upward.
@@ -192,16 +172,8 @@ mod tests {
         let printable = |b: u8| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
         let mut next = 0x100;
         for byte in 0..=255u8 {
-            let code = if printable(byte) {
-                u32::from(byte)
-            } else {
-                (next, next += 1).0
-            };
-            assert_eq!(
-                byte_of_char(char::from_u32(code).unwrap()),
-                Some(byte),
-                "byte {byte:#x}"
-            );
+            let code = if printable(byte) { u32::from(byte) } else { (next, next += 1).0 };
+            assert_eq!(byte_of_char(char::from_u32(code).unwrap()), Some(byte), "byte {byte:#x}");
         }
         assert_eq!(byte_of_char('\u{144}'), None);
     }

@@ -13,9 +13,7 @@ fn template(source: &str) -> ChatTemplate {
 fn input(mut variables: Map<String, Value>) -> ChatInput {
     let mut take = |name: &str| variables.remove(name).filter(|value| !value.is_null());
     ChatInput {
-        messages: take("messages")
-            .and_then(|value| value.as_array().cloned())
-            .unwrap_or_default(),
+        messages: take("messages").and_then(|value| value.as_array().cloned()).unwrap_or_default(),
         tools: take("tools"),
         documents: take("documents"),
         add_generation_prompt: take("add_generation_prompt") == Some(Value::Bool(true)),
@@ -25,10 +23,7 @@ fn input(mut variables: Map<String, Value>) -> ChatInput {
 }
 
 fn user(content: &str) -> ChatInput {
-    ChatInput {
-        messages: vec![json!({"role": "user", "content": content})],
-        ..ChatInput::default()
-    }
+    ChatInput { messages: vec![json!({"role": "user", "content": content})], ..ChatInput::default() }
 }
 
 #[test]
@@ -56,35 +51,20 @@ fn today_is_known() {
 fn a_template_cannot_run_for_ever_or_fill_memory() {
     let check = |source: &str, content: &str| {
         let made = template(source).render(&user(content));
-        assert!(
-            matches!(made, Err(TemplateError::Long)),
-            "{source}: {:?}",
-            made.map(|text| text.len())
-        );
+        assert!(matches!(made, Err(TemplateError::Long)), "{source}: {:?}", made.map(|text| text.len()));
     };
-    check(
-        "{% for a in range(9999) %}{% for b in range(9999) %}{% set c = 1 %}{% endfor %}{% endfor %}",
-        "",
-    );
-    check(
-        "{% for a in range(9999) %}{{ messages[0].content }}{% endfor %}",
-        &"x".repeat(10_000),
-    );
+    check("{% for a in range(9999) %}{% for b in range(9999) %}{% set c = 1 %}{% endfor %}{% endfor %}", "");
+    check("{% for a in range(9999) %}{{ messages[0].content }}{% endfor %}", &"x".repeat(10_000));
 }
 
 #[test]
 fn tools_choose_their_template() {
-    let sources = vec![
-        ("default".to_owned(), "plain".to_owned()),
-        ("tool_use".into(), "{{ tools|length }}".into()),
-    ];
+    let sources =
+        vec![("default".to_owned(), "plain".to_owned()), ("tool_use".into(), "{{ tools|length }}".into())];
     let template = ChatTemplate::new(sources, None, None).unwrap();
-    assert!(template.supports_tools());
+    assert!(template.mentions("tools") && !template.mentions("developer"));
     assert_eq!(template.render(&user("")).unwrap(), "plain");
-    let with = ChatInput {
-        tools: Some(json!([{}, {}])),
-        ..user("")
-    };
+    let with = ChatInput { tools: Some(json!([{}, {}])), ..user("") };
     assert_eq!(template.render(&with).unwrap(), "2");
 }
 
@@ -100,9 +80,7 @@ fn a_broken_template_is_refused_with_its_line() {
 fn the_final_message_goes_on() {
     let template = template("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}");
     let mut input = user("q");
-    input
-        .messages
-        .push(json!({"role": "assistant", "content": "It is "}));
+    input.messages.push(json!({"role": "assistant", "content": "It is "}));
     input.continue_final_message = true;
     assert_eq!(template.render(&input).unwrap(), "<user>q</s><assistant>It is");
 }

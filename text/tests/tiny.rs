@@ -14,21 +14,14 @@ fn dir() -> PathBuf {
 }
 
 fn tokens(value: &Value) -> Vec<TokenId> {
-    value
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|id| TokenId(id.as_u64().unwrap() as u32))
-        .collect()
+    value.as_array().unwrap().iter().map(|id| TokenId(id.as_u64().unwrap() as u32)).collect()
 }
 
 /// Detokenizes token by token; the pieces must hold whole characters, which the type itself asserts.
 fn stream(tokens: &[TokenId], skip: bool) -> String {
     let mut detokenizer = Detokenizer::new(skip);
-    let mut text: String = tokens
-        .iter()
-        .map(|token| detokenizer.push(&TINY.tokenizer, *token).unwrap())
-        .collect();
+    let mut text: String =
+        tokens.iter().map(|token| detokenizer.push(&TINY.tokenizer, *token).unwrap()).collect();
     text.push_str(&detokenizer.finish(&TINY.tokenizer).unwrap());
     text
 }
@@ -40,20 +33,13 @@ fn golden_prompts_and_answers() {
         let name = case["name"].as_str().unwrap();
         let mut prompt = case["prompt_text"].as_str().unwrap().to_owned();
         if let Some(messages) = case["messages"].as_array() {
-            let input = ChatInput {
-                messages: messages.clone(),
-                add_generation_prompt: true,
-                ..Default::default()
-            };
+            let input =
+                ChatInput { messages: messages.clone(), add_generation_prompt: true, ..Default::default() };
             let text = TINY.template.as_ref().unwrap().render(&input).unwrap();
             assert_eq!(text, prompt, "{name}");
             prompt = text;
         }
-        assert_eq!(
-            TINY.tokenizer.encode(&prompt, false).unwrap(),
-            tokens(&case["input_ids"]),
-            "{name}"
-        );
+        assert_eq!(TINY.tokenizer.encode(&prompt, false).unwrap(), tokens(&case["input_ids"]), "{name}");
         assert_eq!(
             stream(&tokens(&case["greedy_ids"]), true),
             case["greedy_text"].as_str().unwrap(),
@@ -84,14 +70,9 @@ fn a_character_never_comes_in_halves() {
     let text = "naïve 🦀🚀 漢字 – e\u{301} \u{fffd} end";
     let ids = TINY.tokenizer.encode(text, false).unwrap();
     let mut detokenizer = Detokenizer::new(true);
-    let mut pieces: Vec<String> = ids
-        .iter()
-        .map(|token| detokenizer.push(&TINY.tokenizer, *token).unwrap())
-        .collect();
-    assert!(
-        pieces.iter().filter(|piece| piece.contains('\u{fffd}')).count() <= 1,
-        "{pieces:?}"
-    );
+    let mut pieces: Vec<String> =
+        ids.iter().map(|token| detokenizer.push(&TINY.tokenizer, *token).unwrap()).collect();
+    assert!(pieces.iter().filter(|piece| piece.contains('\u{fffd}')).count() <= 1, "{pieces:?}");
     pieces.push(detokenizer.finish(&TINY.tokenizer).unwrap());
     assert_eq!(pieces.concat(), text);
 }
@@ -107,10 +88,7 @@ fn bytes_that_are_no_text_do_not_pile_up() {
         count += detokenizer.push(&TINY.tokenizer, byte).unwrap().chars().count();
     }
     assert!(count >= 900, "{count}");
-    assert_eq!(
-        count + detokenizer.finish(&TINY.tokenizer).unwrap().chars().count(),
-        1000
-    );
+    assert_eq!(count + detokenizer.finish(&TINY.tokenizer).unwrap().chars().count(), 1000);
 }
 
 proptest! {

@@ -1,7 +1,7 @@
 //! How fast bytes go from one process's memory into another's over loopback, and what that costs, beside
 //! what the same machine does at the same time with plain copies and plain TCP.
 //!
-//! `cargo run --release -p tandem-transport --example throughput [seconds per row] [threads] [connections] [mtu]`
+//! `cargo run --release -p tandem-transport --example throughput [seconds per row] [threads] [connections] [mtu] [window KiB]`
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -41,6 +41,10 @@ fn config(args: &[String]) -> Result<QuicConfig, Failure> {
     if let Some(mtu) = args.get(3) {
         config.tuning.loopback_mtu = mtu.parse()?;
     }
+    if let Some(window) = args.get(4) {
+        config.tuning.connection_window = window.parse::<u32>()? << 10;
+        config.tuning.stream_window = config.tuning.stream_window.min(config.tuning.connection_window);
+    }
     Ok(config)
 }
 
@@ -61,9 +65,8 @@ fn main() -> Result<(), Failure> {
 /// Seconds of processor time that this process has used.
 fn cpu() -> Result<f64, Failure> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
-    let fields: Vec<&str> = stat[stat.rfind(')').ok_or("unexpected /proc/self/stat")? + 2..]
-        .split(' ')
-        .collect();
+    let fields: Vec<&str> =
+        stat[stat.rfind(')').ok_or("unexpected /proc/self/stat")? + 2..].split(' ').collect();
     Ok((fields[11].parse::<f64>()? + fields[12].parse::<f64>()?) / 100.0)
 }
 
@@ -90,10 +93,7 @@ fn write(dir: &Path, seconds: Duration, config: QuicConfig, args: &[String]) -> 
     let region = HostRegion::map(REGION)?;
     let source = region.extent(0..REGION)?;
     // SAFETY: nobody else has the region yet.
-    unsafe { source.bytes_mut() }
-        .iter_mut()
-        .enumerate()
-        .for_each(|(i, byte)| *byte = i as u8);
+    unsafe { source.bytes_mut() }.iter_mut().enumerate().for_each(|(i, byte)| *byte = i as u8);
 
     let identity = Identity::load_or_create(dir)?;
     let mut child = Command::new(std::env::current_exe()?)
@@ -108,29 +108,16 @@ fn write(dir: &Path, seconds: Duration, config: QuicConfig, args: &[String]) -> 
     let hello = reader.line()?;
     let parts: Vec<&str> = hello.split(' ').collect();
     let (tcp, quic): (SocketAddr, SocketAddr) = (parts[0].parse()?, parts[1].parse()?);
-    let window = Window {
-        region: parts[2].parse()?,
-        key: parts[3].parse()?,
-        offset: 0,
-        len: REGION as u64,
-    };
+    let window = Window { region: parts[2].parse()?, key: parts[3].parse()?, offset: 0, len: REGION as u64 };
 
     println!(
         "threads {}, connections {}, mtu {}",
         config.threads, config.connections, config.tuning.loopback_mtu
     );
-    println!(
-        "{:<22} {:>7} {:>13} {:>13}",
-        "", "GB/s", "writer s/GB", "reader s/GB"
-    );
+    println!("{:<22} {:>7} {:>13} {:>13}", "", "GB/s", "writer s/GB", "reader s/GB");
     let show = |name: &str, bytes: u64, took: Duration, writer: f64, reader: f64| {
         let gb = bytes as f64 / 1e9;
-        println!(
-            "{name:<22} {:>7.2} {:>13.2} {:>13.2}",
-            gb / took.as_secs_f64(),
-            writer / gb,
-            reader / gb
-        );
+        println!("{name:<22} {:>7.2} {:>13.2} {:>13.2}", gb / took.as_secs_f64(), writer / gb, reader / gb);
     };
     for size in [256 << 10, 16 << 20, 128 << 20] {
         let (bytes, took, used) = copies(&region, size, seconds)?;
@@ -140,31 +127,29 @@ fn write(dir: &Path, seconds: Duration, config: QuicConfig, args: &[String]) -> 
         let (at, cpu_here, cpu_there) = (Instant::now(), cpu()?, reader.cpu()?);
         let bytes = tcp_writes(tcp, &source, size, seconds)?;
         let took = at.elapsed();
-        show(
-            &format!("TCP {} KiB", size >> 10),
-            bytes,
-            took,
-            cpu()? - cpu_here,
-            reader.cpu()? - cpu_there,
-        );
+        show(&format!("TCP {} KiB", size >> 10), bytes, took, cpu()? - cpu_here, reader.cpu()? - cpu_there);
     }
     let mut transport = QuicTransport::bind(LOOPBACK, &identity, WRITER, config)?;
     transport.set_waker(Waker::from(Arc::new(Unpark(thread::current()))));
     transport.connect(READER, quic);
-    wait(&mut transport, |event| {
-        matches!(event, Event::Connected { .. }).then_some(())
-    })?;
+    wait(&mut transport, |event| matches!(event, Event::Connected { .. }).then_some(()))?;
     for size in [4 << 10, 64 << 10, 1 << 20, 16 << 20] {
         let (at, cpu_here, cpu_there) = (Instant::now(), cpu()?, reader.cpu()?);
         let bytes = quic_writes(&mut transport, &source, window, size, seconds)?;
         let took = at.elapsed();
-        show(
-            &format!("QUIC {} KiB", size >> 10),
-            bytes,
-            took,
-            cpu()? - cpu_here,
-            reader.cpu()? - cpu_there,
-        );
+        show(&format!("QUIC {} KiB", size >> 10), bytes, took, cpu()? - cpu_here, reader.cpu()? - cpu_there);
+    }
+    for size in [64, 64 << 10, 1 << 20] {
+        let mut times: Vec<Duration> = Vec::new();
+        for _ in 0..500 {
+            let at = Instant::now();
+            let source = source.part(0..size)?;
+            transport.submit(READER, Write { ticket: 0, source, window, offset: 0, immediate: 0 })?;
+            wait(&mut transport, |event| matches!(event, Event::Sent { .. }).then_some(()))?;
+            times.push(at.elapsed());
+        }
+        times.sort_unstable();
+        println!("QUIC {size} B alone, until Sent: median {:?}, p99 {:?}", times[250], times[495]);
     }
     let metrics = transport.metrics();
     println!("{} packets, {} lost", metrics.packets_sent, metrics.packets_lost);
@@ -216,16 +201,8 @@ fn quic_writes(
     loop {
         while open < under_way && at.elapsed() < seconds {
             let source = source.part(offset..offset + size)?;
-            transport.submit(
-                READER,
-                Write {
-                    ticket: 0,
-                    source,
-                    window,
-                    offset: offset as u64,
-                    immediate: 0,
-                },
-            )?;
+            transport
+                .submit(READER, Write { ticket: 0, source, window, offset: offset as u64, immediate: 0 })?;
             offset = (offset + size) % (REGION / 2);
             open += 1;
             bytes += size as u64;
@@ -233,9 +210,7 @@ fn quic_writes(
         if open == 0 {
             return Ok(bytes);
         }
-        wait(transport, |event| {
-            matches!(event, Event::Sent { .. }).then(|| open -= 1)
-        })?;
+        wait(transport, |event| matches!(event, Event::Sent { .. }).then(|| open -= 1))?;
     }
 }
 
@@ -269,23 +244,18 @@ fn read(dir: &Path, config: QuicConfig) -> Result<(), Failure> {
     let listener = TcpListener::bind(LOOPBACK)?;
     let id = transport.register(Arc::clone(&region))?;
     let window = transport.open_window(WRITER, id, 0..REGION)?;
-    println!(
-        "{} {} {} {}",
-        listener.local_addr()?,
-        transport.local_addr(),
-        window.region,
-        window.key
-    );
+    println!("{} {} {} {}", listener.local_addr()?, transport.local_addr(), window.region, window.key);
 
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             let mut offset = 0;
             loop {
-                // SAFETY: the rows run one after another: QUIC lands nothing while TCP does.
                 let Ok(place) = landing.part(offset..offset + (1 << 20)) else {
                     return;
                 };
-                match (&stream).read(unsafe { place.bytes_mut() }) {
+                // SAFETY: the rows run one after another: QUIC lands nothing while TCP does.
+                let place = unsafe { place.bytes_mut() };
+                match (&stream).read(place) {
                     Ok(0) | Err(_) => break,
                     Ok(read) => offset = (offset + read) % (REGION / 2),
                 }

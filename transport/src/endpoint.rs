@@ -34,7 +34,8 @@ pub struct Tuning {
     pub keep_alive: Duration,
     /// Bytes under way on one stream, at most.
     pub stream_window: u32,
-    /// Bytes under way on one connection, at most. More than the kernel lets a socket hold causes loss.
+    /// Bytes under way on one connection, at most. All connections of a socket share its kernel buffer, of
+    /// 4 MiB as a rule: more under way than that is loss.
     pub connection_window: u32,
     /// What to ask of the kernel for each direction of the socket.
     pub socket_buffer: usize,
@@ -51,7 +52,7 @@ impl Default for Tuning {
             dead_after: Duration::from_millis(900),
             keep_alive: Duration::from_millis(150),
             stream_window: 2 << 20,
-            connection_window: 4 << 20,
+            connection_window: 2 << 20,
             socket_buffer: 4 << 20,
             ack_every: 16,
         }
@@ -94,6 +95,8 @@ pub(crate) struct Streams {
     pub(crate) protocol: &'static [u8],
     pub(crate) bidirectional: u32,
     pub(crate) unidirectional: u32,
+    /// How many streams must find room beside one another, however long one of them is stuck.
+    pub(crate) independent: u32,
 }
 
 /// A bound endpoint, and what connections on it are to be like.
@@ -112,11 +115,7 @@ impl Tuning {
     fn check(&self) -> Result<(), BindError> {
         for (name, value) in [("mtu", self.mtu), ("loopback_mtu", self.loopback_mtu)] {
             if !(1200..16_384).contains(&value) {
-                return Err(BindError::Setting {
-                    name,
-                    value: value.to_string(),
-                    allowed: MTU_RANGE,
-                });
+                return Err(BindError::Setting { name, value: value.to_string(), allowed: MTU_RANGE });
             }
         }
         if self.keep_alive.is_zero() || self.dead_after < 3 * self.keep_alive {
@@ -134,15 +133,16 @@ impl Tuning {
         // QUIC's clock of silence starts anew with the first packet sent after the last one received, which
         // is a keep-alive's time late at worst.
         let idle = self.dead_after.saturating_sub(self.keep_alive);
+        let stream_window = self.stream_window.min(self.connection_window / streams.independent.max(1));
         let mut cubic = CubicConfig::default();
-        // Ten milliseconds of a fast link: paths here are short, and what starts slowly starts late.
+        // Paths here are short and fast: what starts slowly only starts late.
         cubic.initial_window(u64::from(self.connection_window) / 4);
         config
             .max_idle_timeout(IdleTimeout::try_from(idle).ok())
             .keep_alive_interval(Some(self.keep_alive))
             .max_concurrent_bidi_streams(streams.bidirectional.into())
             .max_concurrent_uni_streams(streams.unidirectional.into())
-            .stream_receive_window(self.stream_window.into())
+            .stream_receive_window(stream_window.into())
             .receive_window(self.connection_window.into())
             .send_window(u64::from(self.connection_window) * 2)
             .send_fairness(false)
@@ -187,30 +187,19 @@ impl Bound {
 
         let largest = tuning.mtu.max(tuning.loopback_mtu);
         let mut config = EndpointConfig::default();
-        config
-            .max_udp_payload_size(largest)
-            .map_err(|_| BindError::Setting {
-                name: "mtu",
-                value: largest.to_string(),
-                allowed: MTU_RANGE,
-            })?;
+        config.max_udp_payload_size(largest).map_err(|_| BindError::Setting {
+            name: "mtu",
+            value: largest.to_string(),
+            allowed: MTU_RANGE,
+        })?;
         let bind = |source| BindError::Bind { addr, source };
         let socket = open_socket(addr, tuning.socket_buffer).map_err(bind)?;
         let inner = TokioRuntime.wrap_udp_socket(socket).map_err(bind)?;
-        let socket = Arc::new(CappedSocket {
-            inner,
-            largest: usize::from(largest),
-        });
+        let socket = Arc::new(CappedSocket { inner, largest: usize::from(largest) });
         let endpoint =
             Endpoint::new_with_abstract_socket(config, Some(server.clone()), socket, Arc::new(TokioRuntime))
                 .map_err(bind)?;
-        Ok(Bound {
-            endpoint,
-            tls: client,
-            server,
-            local,
-            remote,
-        })
+        Ok(Bound { endpoint, tls: client, server, local, remote })
     }
 
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
@@ -218,11 +207,7 @@ impl Bound {
     }
 
     fn transport_to(&self, ip: IpAddr) -> Arc<TransportConfig> {
-        Arc::clone(if ip.is_loopback() {
-            &self.local
-        } else {
-            &self.remote
-        })
+        Arc::clone(if ip.is_loopback() { &self.local } else { &self.remote })
     }
 
     pub(crate) fn connect(&self, addr: SocketAddr) -> Result<Connecting, quinn::ConnectError> {
@@ -282,19 +267,13 @@ impl AsyncUdpSocket for CappedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.inner
-            .max_transmit_segments()
-            .min(MAX_DATAGRAM / self.largest)
-            .max(1)
+        self.inner.max_transmit_segments().min(MAX_DATAGRAM / self.largest).max(1)
     }
 
     /// Sizes the receive buffer, as segments of the largest payload: all that the kernel merges fits in
     /// 64 KiB, however many segments that is.
     fn max_receive_segments(&self) -> usize {
-        self.inner
-            .max_receive_segments()
-            .min((64usize << 10).div_ceil(self.largest))
-            .max(1)
+        self.inner.max_receive_segments().min((64usize << 10).div_ceil(self.largest)).max(1)
     }
 
     fn may_fragment(&self) -> bool {

@@ -17,8 +17,7 @@ impl EventQueue {
     }
 
     pub(crate) fn push_landed(&mut self, peer: NodeId, immediate: u32, len: u64, key: u64) {
-        self.queue
-            .push_back((Event::Landed { peer, immediate, len }, Some(key)));
+        self.queue.push_back((Event::Landed { peer, immediate, len }, Some(key)));
     }
 
     /// The window was closed: what landed through it is not reported any more (contract point 8).
@@ -43,11 +42,7 @@ impl EventQueue {
     /// peer's windows and calls `forget_landed_of` before it goes on (contract point 11).
     pub(crate) fn drain(&mut self, out: &mut Vec<Event>) -> Option<NodeId> {
         while let Some((event, _)) = self.queue.pop_front() {
-            let severed = if let Event::Severed { peer, .. } = event {
-                Some(peer)
-            } else {
-                None
-            };
+            let severed = if let Event::Severed { peer, .. } = event { Some(peer) } else { None };
             out.push(event);
             if severed.is_some() {
                 return severed;
@@ -58,8 +53,7 @@ impl EventQueue {
 
     /// What landed in the peer's next life already did so through windows that were closed with this one.
     pub(crate) fn forget_landed_of(&mut self, severed: NodeId) {
-        self.queue
-            .retain(|(event, _)| !matches!(event, Event::Landed { peer, .. } if *peer == severed));
+        self.queue.retain(|(event, _)| !matches!(event, Event::Landed { peer, .. } if *peer == severed));
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -81,6 +81,14 @@ impl Hello {
         out
     }
 
+    pub(crate) fn fuzz(bytes: &[u8]) {
+        if let Some(bytes) = bytes.first_chunk()
+            && let Ok(hello) = Hello::decode(bytes)
+        {
+            assert_eq!(hello.encode(), *bytes);
+        }
+    }
+
     fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HandshakeError> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u64_at = |at: usize| {
@@ -178,15 +186,10 @@ pub(crate) fn admits(local: NodeId, dialler: NodeId, standing: Standing, last_en
         // Both verdicts are open: each side decides for the same one.
         Standing::Dialling { confirmed: true } => dialler < local,
         // It would not dial if it had what it dialled before.
-        Standing::Life {
-            dialled_here: false, ..
-        } => true,
+        Standing::Life { dialled_here: false, .. } => true,
         // It admitted what was dialled here. Either that has ended for it since, or its confirmation is older
         // than that.
-        Standing::Life {
-            life,
-            dialled_here: true,
-        } => last_ended == life,
+        Standing::Life { life, dialled_here: true } => last_ended == life,
     }
 }
 
@@ -196,13 +199,7 @@ mod tests {
 
     #[test]
     fn hello_survives_the_wire() {
-        let hello = Hello {
-            node: NodeId(u64::MAX - 1),
-            life: 42,
-            part: 3,
-            parts: 9,
-            ports: [7; MAX_PORTS],
-        };
+        let hello = Hello { node: NodeId(u64::MAX - 1), life: 42, part: 3, parts: 9, ports: [7; MAX_PORTS] };
         assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
         let mut other = hello.encode();
         other[4] = 9;
@@ -219,34 +216,10 @@ mod tests {
         assert!(admits(large, small, both, 0));
         assert!(!admits(small, large, both, 0));
         // The large one admitted the small one's dial (life 5); its own confirmation arrives late.
-        assert!(!admits(
-            small,
-            large,
-            Standing::Life {
-                life: 5,
-                dialled_here: true
-            },
-            0
-        ));
+        assert!(!admits(small, large, Standing::Life { life: 5, dialled_here: true }, 0));
         // It saw life 5 end, and dials anew.
-        assert!(admits(
-            small,
-            large,
-            Standing::Life {
-                life: 5,
-                dialled_here: true
-            },
-            5
-        ));
+        assert!(admits(small, large, Standing::Life { life: 5, dialled_here: true }, 5));
         // The dialler of what is kept dials again: it must have lost it.
-        assert!(admits(
-            large,
-            small,
-            Standing::Life {
-                life: 5,
-                dialled_here: false
-            },
-            0
-        ));
+        assert!(admits(large, small, Standing::Life { life: 5, dialled_here: false }, 0));
     }
 }

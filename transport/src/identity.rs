@@ -20,7 +20,7 @@ use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -94,27 +94,18 @@ impl Identity {
             Ok(pem) => pem,
             Err(e) if e.kind() == io::ErrorKind::NotFound => create_ca(dir, &path)?,
             Err(source) => {
-                return Err(IdentityError::File {
-                    action: "read",
-                    path,
-                    source,
-                });
+                return Err(IdentityError::File { action: "read", path, source });
             }
         };
-        let content = |what, reason: String| IdentityError::Content {
-            what,
-            path: path.clone(),
-            reason,
-        };
+        warn_if_public(&path);
+        let content = |what, reason: String| IdentityError::Content { what, path: path.clone(), reason };
         let ca =
             CertificateDer::from_pem_slice(&pem).map_err(|e| content("CA certificate", e.to_string()))?;
         let text = std::str::from_utf8(&pem).map_err(|e| content("CA key", e.to_string()))?;
         let ca_key = KeyPair::from_pem(text).map_err(|e| content("CA key", e.to_string()))?;
 
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(make)?;
-        let leaf = leaf_params()?
-            .signed_by(&key, &Issuer::new(ca_params(), ca_key))
-            .map_err(make)?;
+        let leaf = leaf_params()?.signed_by(&key, &Issuer::new(ca_params(), ca_key)).map_err(make)?;
         let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(make)?;
         Identity::checked(vec![leaf.der().clone()], key, &[ca], &path)
     }
@@ -168,17 +159,9 @@ impl Identity {
             path: path.to_owned(),
             reason: "it is empty".into(),
         })?;
-        client
-            .verify_server_cert(leaf, rest, &server_name(), &[], now)
-            .map_err(refused)?;
+        client.verify_server_cert(leaf, rest, &server_name(), &[], now).map_err(refused)?;
         server.verify_client_cert(leaf, rest, now).map_err(refused)?;
-        let identity = Identity {
-            client,
-            server,
-            chain,
-            key: Arc::new(key),
-            provider,
-        };
+        let identity = Identity { client, server, chain, key: Arc::new(key), provider };
         identity.server_config(&[]).map_err(refused)?;
         Ok(identity)
     }
@@ -231,11 +214,8 @@ fn provider() -> CryptoProvider {
         TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
     };
     let mut provider = aws_lc_rs::default_provider();
-    provider.cipher_suites = vec![
-        TLS13_AES_128_GCM_SHA256,
-        TLS13_AES_256_GCM_SHA384,
-        TLS13_CHACHA20_POLY1305_SHA256,
-    ];
+    provider.cipher_suites =
+        vec![TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256];
     provider
 }
 
@@ -275,9 +255,7 @@ fn validity(mut params: CertificateParams) -> CertificateParams {
 fn ca_params() -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
-    params
-        .distinguished_name
-        .push(DnType::CommonName, "tandem cluster CA");
+    params.distinguished_name.push(DnType::CommonName, "tandem cluster CA");
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     validity(params)
@@ -288,10 +266,8 @@ fn leaf_params() -> Result<CertificateParams, IdentityError> {
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, "tandem node");
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![
-        ExtendedKeyUsagePurpose::ServerAuth,
-        ExtendedKeyUsagePurpose::ClientAuth,
-    ];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
     Ok(validity(params))
 }
@@ -302,11 +278,7 @@ fn create_ca(dir: &Path, path: &Path) -> Result<Vec<u8>, IdentityError> {
         let path = path.to_owned();
         move |source| IdentityError::File { action, path, source }
     };
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(file("create directory", dir))?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(file("create directory", dir))?;
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(make)?;
     let certificate = ca_params().self_signed(&key).map_err(make)?;
     let pem = key.serialize_pem() + &certificate.pem();
@@ -318,10 +290,7 @@ fn create_ca(dir: &Path, path: &Path) -> Result<Vec<u8>, IdentityError> {
         .mode(0o600)
         .open(&draft)
         .map_err(file("create", &draft))?;
-    let written = out
-        .write_all(pem.as_bytes())
-        .and_then(|()| out.sync_all())
-        .map_err(file("write", &draft));
+    let written = out.write_all(pem.as_bytes()).and_then(|()| out.sync_all()).map_err(file("write", &draft));
     // A link, unlike a rename, fails if the name is taken: exactly one process wins, with a whole file.
     let placed = written.and_then(|()| match fs::hard_link(&draft, path) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(file("create", path)(e)),
@@ -332,24 +301,23 @@ fn create_ca(dir: &Path, path: &Path) -> Result<Vec<u8>, IdentityError> {
     read(path)
 }
 
+/// Whoever reads the CA's key can join the cluster.
+fn warn_if_public(path: &Path) {
+    let public = fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0);
+    if public {
+        tracing::warn!(path = %path.display(), "others on this machine may use the cluster's CA: chmod 600 it");
+    }
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
-    fs::read(path).map_err(|source| IdentityError::File {
-        action: "read",
-        path: path.to_owned(),
-        source,
-    })
+    fs::read(path).map_err(|source| IdentityError::File { action: "read", path: path.to_owned(), source })
 }
 
 fn certificates(path: &Path, what: &'static str) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
     let pem = read(path)?;
-    let content = |reason: String| IdentityError::Content {
-        what,
-        path: path.to_owned(),
-        reason,
-    };
-    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
-        .collect::<Result<_, _>>()
-        .map_err(|e| content(e.to_string()))?;
+    let content = |reason: String| IdentityError::Content { what, path: path.to_owned(), reason };
+    let found: Vec<_> =
+        CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|e| content(e.to_string()))?;
     if found.is_empty() {
         return Err(content("no PEM block of a certificate".into()));
     }

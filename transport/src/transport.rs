@@ -235,11 +235,7 @@ impl Write {
         let len = self.source.len() as u64;
         match self.offset.checked_add(len) {
             Some(end) if end <= self.window.len => Ok(()),
-            _ => Err(SubmitError::OutOfWindow {
-                offset: self.offset,
-                len,
-                window: self.window.len,
-            }),
+            _ => Err(SubmitError::OutOfWindow { offset: self.offset, len, window: self.window.len }),
         }
     }
 }

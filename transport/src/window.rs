@@ -42,10 +42,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Windows {
     pub(crate) fn register(&self, region: Arc<HostRegion>) -> Result<RegionId, TransportError> {
         let mut table = lock(&self.table);
-        let id = u32::try_from(table.regions.len()).map_err(|_| TransportError::Unusable {
-            len: region.len(),
-            reason: "too many regions".into(),
-        })?;
+        let id = u32::try_from(table.regions.len())
+            .map_err(|_| TransportError::Unusable { len: region.len(), reason: "too many regions".into() })?;
         table.regions.push(region);
         Ok(RegionId(id))
     }
@@ -59,13 +57,9 @@ impl Windows {
         mut draw_key: impl FnMut() -> u64,
     ) -> Result<Window, TransportError> {
         let mut table = lock(&self.table);
-        let memory = table
-            .regions
-            .get(region.0 as usize)
-            .ok_or(TransportError::UnknownRegion(region))?;
-        let extent = memory
-            .extent(range.clone())
-            .map_err(|source| TransportError::OutOfRegion { region, source })?;
+        let memory = table.regions.get(region.0 as usize).ok_or(TransportError::UnknownRegion(region))?;
+        let extent =
+            memory.extent(range.clone()).map_err(|source| TransportError::OutOfRegion { region, source })?;
         let (start, end) = (range.start as u64, range.end as u64);
         // Ranges do not overlap, so only the last one that begins before `end` can reach into this one.
         let before = table.by_place.range((region.0, 0)..(region.0, end)).next_back();
@@ -78,21 +72,8 @@ impl Windows {
                 break key;
             }
         };
-        let window = Window {
-            region: region.0,
-            key,
-            offset: start,
-            len: end - start,
-        };
-        table.by_key.insert(
-            key,
-            Arc::new(Landing {
-                peer,
-                window,
-                extent,
-                open: Mutex::new(true),
-            }),
-        );
+        let window = Window { region: region.0, key, offset: start, len: end - start };
+        table.by_key.insert(key, Arc::new(Landing { peer, window, extent, open: Mutex::new(true) }));
         if start < end {
             table.by_place.insert((region.0, start), (end, key));
         }
@@ -107,9 +88,7 @@ impl Windows {
                 return;
             };
             if landing.window.len > 0 {
-                table
-                    .by_place
-                    .remove(&(landing.window.region, landing.window.offset));
+                table.by_place.remove(&(landing.window.region, landing.window.offset));
             }
             landing
         };
@@ -118,12 +97,8 @@ impl Windows {
 
     /// Closes every window of a peer.
     pub(crate) fn close_all_of(&self, peer: NodeId) {
-        let keys: Vec<u64> = lock(&self.table)
-            .by_key
-            .iter()
-            .filter(|(_, l)| l.peer == peer)
-            .map(|(key, _)| *key)
-            .collect();
+        let keys: Vec<u64> =
+            lock(&self.table).by_key.iter().filter(|(_, l)| l.peer == peer).map(|(key, _)| *key).collect();
         for key in keys {
             self.close(key);
         }
@@ -133,9 +108,7 @@ impl Windows {
     pub(crate) fn find(&self, peer: NodeId, window: &Window, offset: u64, len: u64) -> Option<Arc<Landing>> {
         let table = lock(&self.table);
         let landing = table.by_key.get(&window.key)?;
-        let inside = offset
-            .checked_add(len)
-            .is_some_and(|end| end <= landing.window.len);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= landing.window.len);
         (landing.peer == peer && landing.window == *window && inside).then(|| Arc::clone(landing))
     }
 }
@@ -208,10 +181,7 @@ mod tests {
         open(0..1000).unwrap();
         open(2000..4096).unwrap();
         open(1500..1500).unwrap();
-        assert!(matches!(
-            open(4000..4097),
-            Err(TransportError::OutOfRegion { .. })
-        ));
+        assert!(matches!(open(4000..4097), Err(TransportError::OutOfRegion { .. })));
         windows.close(middle.key);
         open(1000..2000).unwrap();
     }
@@ -224,16 +194,8 @@ mod tests {
         assert!(windows.find(NodeId(8), &window, 0, 100).is_none());
         assert!(windows.find(PEER, &window, 1, 100).is_none());
         assert!(windows.find(PEER, &window, u64::MAX, 2).is_none());
-        assert!(
-            windows
-                .find(PEER, &Window { offset: 0, ..window }, 0, 1)
-                .is_none()
-        );
-        assert!(
-            windows
-                .find(PEER, &Window { len: 4096, ..window }, 0, 1)
-                .is_none()
-        );
+        assert!(windows.find(PEER, &Window { offset: 0, ..window }, 0, 1).is_none());
+        assert!(windows.find(PEER, &Window { len: 4096, ..window }, 0, 1).is_none());
         let landing = windows.find(PEER, &window, 0, 1).unwrap();
         assert!(landing.land(99, &[1]));
         assert!(!landing.land(100, &[1]));

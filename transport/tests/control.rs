@@ -41,20 +41,13 @@ struct Process {
 
 impl Process {
     fn start(identity: &Identity, node: u64, limits: Limits) -> Process {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (control, events) = {
             let _inside = runtime.enter();
             Control::bind(LOOPBACK, identity, NodeId(node), limits).unwrap()
         };
-        Process {
-            runtime: Some(runtime),
-            control,
-            events,
-        }
+        Process { runtime: Some(runtime), control, events }
     }
 
     fn connect(&self, to: &Process) -> Result<NodeId, ConnectError> {
@@ -80,10 +73,7 @@ impl Process {
     #[track_caller]
     fn expect_up(&mut self, peer: u64) {
         let event = self.next();
-        assert!(
-            matches!(event, ControlEvent::Up { peer: p, .. } if p == NodeId(peer)),
-            "{event:?}"
-        );
+        assert!(matches!(event, ControlEvent::Up { peer: p, .. } if p == NodeId(peer)), "{event:?}");
     }
 
     #[track_caller]
@@ -114,7 +104,7 @@ fn pair(name: &str, limits: Limits) -> (Scratch, Process, Process) {
 #[test]
 fn each_lane_keeps_its_order_and_neither_waits_for_the_other() {
     let (_scratch, a, mut b) = pair("order", Limits::default());
-    // More than the windows hold, so that the main lane is really stuck when the urgent frame is sent.
+    // More than the windows hold, so that much of it still waits when the urgent frames are sent.
     let bulk = 24u8;
     for i in 0..bulk {
         a.control.send(NodeId(2), Lane::Main, vec![i; 1 << 20]).unwrap();
@@ -124,20 +114,12 @@ fn each_lane_keeps_its_order_and_neither_waits_for_the_other() {
     let (mut main, mut urgent, mut urgent_at) = (Vec::new(), Vec::new(), None);
     while main.len() < bulk.into() || urgent.len() < 2 {
         match b.next() {
-            ControlEvent::Frame {
-                lane: Lane::Main,
-                bytes,
-                ..
-            } => {
+            ControlEvent::Frame { lane: Lane::Main, bytes, .. } => {
                 assert_eq!(bytes.len(), 1 << 20);
                 assert!(bytes.iter().all(|byte| *byte == bytes[0]));
                 main.push(bytes[0]);
             }
-            ControlEvent::Frame {
-                lane: Lane::Urgent,
-                bytes,
-                ..
-            } => {
+            ControlEvent::Frame { lane: Lane::Urgent, bytes, .. } => {
                 urgent_at.get_or_insert(main.len());
                 urgent.push(bytes[0]);
             }
@@ -146,10 +128,7 @@ fn each_lane_keeps_its_order_and_neither_waits_for_the_other() {
     }
     assert_eq!(main, (0..bulk).collect::<Vec<_>>());
     assert_eq!(urgent, [1, 2]);
-    assert!(
-        urgent_at.unwrap() < 20,
-        "the urgent lane waited for {urgent_at:?} bulk frames"
-    );
+    assert!(urgent_at.unwrap() < 12, "the urgent lane waited for {urgent_at:?} bulk frames");
     let metrics = a.control.metrics();
     assert_eq!((metrics.frames_sent, metrics.bytes_sent), (26, (24 << 20) + 2));
 }
@@ -179,21 +158,10 @@ fn a_killed_peer_is_down_in_time() {
 
 #[test]
 fn frames_and_queues_are_bounded() {
-    let limits = Limits {
-        frame_bytes: 1000,
-        queued_frames: 8,
-        events: 4,
-        ..Limits::default()
-    };
+    let limits = Limits { frame_bytes: 1000, queued_frames: 8, events: 4, ..Limits::default() };
     let (_scratch, a, mut b) = pair("bounds", limits);
     let oversize = a.control.send(NodeId(2), Lane::Main, vec![0; 1001]);
-    assert_eq!(
-        oversize,
-        Err(SendError::Oversize {
-            len: 1001,
-            limit: 1000
-        })
-    );
+    assert_eq!(oversize, Err(SendError::Oversize { len: 1001, limit: 1000 }));
     assert_eq!(
         a.control.send(NodeId(9), Lane::Main, vec![]),
         Err(SendError::NotConnected { peer: NodeId(9) })
@@ -222,13 +190,7 @@ fn frames_and_queues_are_bounded() {
         }
         assert!(sent < 100_000, "the queue is endless");
     };
-    assert_eq!(
-        error,
-        SendError::Backlogged {
-            peer: NodeId(2),
-            limit: 8
-        }
-    );
+    assert_eq!(error, SendError::Backlogged { peer: NodeId(2), limit: 8 });
     assert!(a.control.metrics().backlogged > 0);
     for expected in 0..sent {
         match b.next() {
@@ -242,10 +204,7 @@ fn frames_and_queues_are_bounded() {
 fn a_peer_that_breaks_the_rules_is_closed_alone() {
     let scratch = Scratch::new("rules");
     let identity = scratch.identity();
-    let strict = Limits {
-        frame_bytes: 100,
-        ..Limits::default()
-    };
+    let strict = Limits { frame_bytes: 100, ..Limits::default() };
     let mut a = Process::start(&identity, 1, strict);
     let mut b = Process::start(&identity, 2, Limits::default());
     let mut c = Process::start(&identity, 3, Limits::default());
@@ -260,43 +219,25 @@ fn a_peer_that_breaks_the_rules_is_closed_alone() {
     assert!(reason.contains("longer than 100"), "{reason}");
     assert_eq!(a.control.metrics().rule_breaks, 1);
     c.control.send(NodeId(1), Lane::Main, vec![7]).unwrap();
-    assert_eq!(
-        a.next(),
-        ControlEvent::Frame {
-            peer: NodeId(3),
-            lane: Lane::Main,
-            bytes: vec![7]
-        }
-    );
+    assert_eq!(a.next(), ControlEvent::Frame { peer: NodeId(3), lane: Lane::Main, bytes: vec![7] });
 }
 
 #[test]
 fn strangers_are_refused() {
     let (ours, theirs) = (Scratch::new("ours"), Scratch::new("theirs"));
-    let limits = Limits {
-        handshake: Duration::from_secs(2),
-        ..Limits::default()
-    };
+    let limits = Limits { handshake: Duration::from_secs(2), ..Limits::default() };
     let mut a = Process::start(&ours.identity(), 1, limits.clone());
     let b = Process::start(&theirs.identity(), 2, limits);
     for (from, to) in [(&a, &b), (&b, &a)] {
         let error = from.connect(to).unwrap_err().to_string();
-        assert!(
-            error.contains("certificate") || error.contains("UnknownIssuer"),
-            "{error}"
-        );
+        assert!(error.contains("certificate") || error.contains("UnknownIssuer"), "{error}");
     }
     assert!(a.events.try_recv().is_err());
     // Nor does a node connect to itself, or to nobody.
     assert!(matches!(a.connect(&a), Err(ConnectError::Itself { .. })));
     let nobody = std::net::UdpSocket::bind(LOOPBACK).unwrap();
-    let error = a
-        .run(a.control.connect(nobody.local_addr().unwrap()))
-        .unwrap_err();
-    assert!(
-        matches!(error, ConnectError::Deadline { .. } | ConnectError::Failed { .. }),
-        "{error}"
-    );
+    let error = a.run(a.control.connect(nobody.local_addr().unwrap())).unwrap_err();
+    assert!(matches!(error, ConnectError::Deadline { .. } | ConnectError::Failed { .. }), "{error}");
 }
 
 #[test]
@@ -310,16 +251,10 @@ fn both_may_dial() {
             .into_iter()
             .map(|(from, to)| {
                 let (control, addr) = (from.control.clone(), to.control.local_addr());
-                from.runtime
-                    .as_ref()
-                    .unwrap()
-                    .spawn(async move { control.connect(addr).await })
+                from.runtime.as_ref().unwrap().spawn(async move { control.connect(addr).await })
             })
             .collect();
-        let found: Vec<_> = dials
-            .into_iter()
-            .map(|dial| a.run(dial).unwrap().unwrap().0)
-            .collect();
+        let found: Vec<_> = dials.into_iter().map(|dial| a.run(dial).unwrap().unwrap().0).collect();
         assert_eq!(found, [2, 1, 2], "round {round}");
         a.expect_up(2);
         b.expect_up(1);
@@ -328,14 +263,7 @@ fn both_may_dial() {
         let peer = NodeId(1);
         assert_eq!(b.next(), ControlEvent::Frame { peer, lane, bytes });
         b.control.send(NodeId(1), Lane::Main, vec![round]).unwrap();
-        assert_eq!(
-            a.next(),
-            ControlEvent::Frame {
-                peer: NodeId(2),
-                lane: Lane::Main,
-                bytes: vec![round]
-            }
-        );
+        assert_eq!(a.next(), ControlEvent::Frame { peer: NodeId(2), lane: Lane::Main, bytes: vec![round] });
     }
 }
 
@@ -363,11 +291,7 @@ fn shutdown_delivers_what_is_queued() {
     for i in 0..200u8 {
         assert_eq!(
             b.next(),
-            ControlEvent::Frame {
-                peer: NodeId(1),
-                lane: Lane::Main,
-                bytes: vec![i; 10_000]
-            }
+            ControlEvent::Frame { peer: NodeId(1), lane: Lane::Main, bytes: vec![i; 10_000] }
         );
     }
     b.expect_down(1);
@@ -378,21 +302,14 @@ fn racing_processes_get_the_same_ca() {
     let scratch = Scratch::new("race");
     let dir: &Path = &scratch.0;
     let identities: Vec<Identity> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..8)
-            .map(|_| scope.spawn(move || Identity::load_or_create(dir).unwrap()))
-            .collect();
+        let threads: Vec<_> =
+            (0..8).map(|_| scope.spawn(move || Identity::load_or_create(dir).unwrap())).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     use std::os::unix::fs::PermissionsExt as _;
-    let mode = std::fs::metadata(dir.join("ca.pem"))
-        .unwrap()
-        .permissions()
-        .mode();
+    let mode = std::fs::metadata(dir.join("ca.pem")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let left: Vec<_> = std::fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name())
-        .collect();
+    let left: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["ca.pem"], "drafts are removed");
     let first = Process::start(&identities[0], 100, Limits::default());
     for (i, identity) in identities.iter().enumerate().skip(1) {

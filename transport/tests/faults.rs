@@ -50,9 +50,7 @@ impl Relay {
                             let Ok(len) = back_reader.recv(&mut packet) else {
                                 continue;
                             };
-                            relay.pass(&packet[..len], &mut late, |packet| {
-                                drop(front.send_to(packet, from))
-                            });
+                            relay.pass(&packet[..len], &mut late, |packet| drop(front.send_to(packet, from)));
                         }
                     });
                     back
@@ -65,21 +63,17 @@ impl Relay {
     }
 
     fn pass(&self, packet: &[u8], late: &mut Option<Vec<u8>>, send: impl Fn(&[u8])) {
-        let draw = self
-            .seed
-            .fetch_add(1, Ordering::Relaxed)
-            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-            >> 32;
+        let draw = self.seed.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let lost = self.lost.load(Ordering::Relaxed);
         if self.dark.load(Ordering::Relaxed) || draw % 1000 < lost {
             return;
         }
-        if lost > 0 && draw % 7 == 0 && late.is_none() {
+        if lost > 0 && draw.is_multiple_of(7) && late.is_none() {
             *late = Some(packet.to_vec());
             return;
         }
         send(packet);
-        if lost > 0 && draw % 11 == 0 {
+        if lost > 0 && draw.is_multiple_of(11) {
             send(packet);
         }
         if let Some(late) = late.take() {
@@ -102,22 +96,12 @@ fn nodes<const N: usize>(name: &str) -> [Node; N] {
     std::fs::remove_dir_all(&dir).unwrap();
     std::array::from_fn(|i| {
         // Packets as between hosts.
-        let tuning = Tuning {
-            loopback_mtu: 1452,
-            ..Tuning::default()
-        };
-        let config = QuicConfig {
-            tuning,
-            ..QuicConfig::default()
-        };
+        let tuning = Tuning { loopback_mtu: 1452, ..Tuning::default() };
+        let config = QuicConfig { tuning, ..QuicConfig::default() };
         let mut transport = QuicTransport::bind(LOOPBACK, &identity, NodeId(i as u64 + 1), config).unwrap();
         let region = HostRegion::map(REGION).unwrap();
         let id = transport.register(Arc::clone(&region)).unwrap();
-        Node {
-            transport,
-            region: (id, region),
-            events: Vec::new(),
-        }
+        Node { transport, region: (id, region), events: Vec::new() }
     })
 }
 
@@ -141,13 +125,7 @@ impl Node {
 
     fn write(&mut self, peer: u64, ticket: u64, len: usize, window: tandem_transport::Window) {
         let source = self.region.1.extent(0..len).unwrap();
-        let write = Write {
-            ticket,
-            source,
-            window,
-            offset: 0,
-            immediate: ticket as u32,
-        };
+        let write = Write { ticket, source, window, offset: 0, immediate: ticket as u32 };
         self.transport.submit(NodeId(peer), write).unwrap();
     }
 }
@@ -166,40 +144,23 @@ fn everything_lands_over_a_lossy_network() {
     relay.lost.store(20, Ordering::Relaxed);
     connect(&mut a, &mut b, (1, 2), relay.addr);
     for round in 0..3u8 {
-        for (from, to, ids) in [(&mut a, &mut b, (1, 2)), (&mut b, &mut a, (2, 1))] {
+        for ids in [(1, 2), (2, 1)] {
+            let (from, to) = if ids.0 == 1 { (&mut a, &mut b) } else { (&mut b, &mut a) };
             let len = 1_000_000 + 77 * usize::from(round);
             let half = REGION / 2;
             let source = from.region.1.extent(0..half).unwrap();
             // SAFETY: no write of this range is under way.
-            unsafe { source.bytes_mut() }
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, byte)| {
-                    *byte = (i as u8).wrapping_mul(31).wrapping_add((i >> 8) as u8) ^ round
-                });
-            let window = to
-                .transport
-                .open_window(NodeId(ids.0), to.region.0, half..half + len)
-                .unwrap();
+            unsafe { source.bytes_mut() }.iter_mut().enumerate().for_each(|(i, byte)| {
+                *byte = (i as u8).wrapping_mul(31).wrapping_add((i >> 8) as u8) ^ round
+            });
+            let window = to.transport.open_window(NodeId(ids.0), to.region.0, half..half + len).unwrap();
             from.write(ids.1, 7, len, window);
             let landed = to.expect(Duration::from_secs(20), |e| matches!(e, Event::Landed { .. }));
-            assert_eq!(
-                landed,
-                Event::Landed {
-                    peer: NodeId(ids.0),
-                    immediate: 7,
-                    len: len as u64
-                }
-            );
+            assert_eq!(landed, Event::Landed { peer: NodeId(ids.0), immediate: 7, len: len as u64 });
             let landing = to.region.1.extent(half..half + len).unwrap();
             // SAFETY: it has landed, and the window's one write is over.
-            assert!(
-                unsafe { landing.bytes() == &source.bytes()[..len] },
-                "round {round}"
-            );
-            from.expect(Duration::from_secs(5), |e| {
-                matches!(e, Event::Sent { ticket: 7, .. })
-            });
+            assert!(unsafe { landing.bytes() == &source.bytes()[..len] }, "round {round}");
+            from.expect(Duration::from_secs(5), |e| matches!(e, Event::Sent { ticket: 7, .. }));
             to.transport.close_window(window);
         }
     }
@@ -224,16 +185,8 @@ fn a_dark_network_is_noticed_and_mended() {
                 "{event:?}"
             );
         }
-        assert!(
-            begun.elapsed() < Duration::from_millis(1100),
-            "noticed after {:?}",
-            begun.elapsed()
-        );
-        let failed = Event::Failed {
-            peer: NodeId(2),
-            ticket: round,
-            reason: FailReason::Severed,
-        };
+        assert!(begun.elapsed() < Duration::from_millis(1100), "noticed after {:?}", begun.elapsed());
+        let failed = Event::Failed { peer: NodeId(2), ticket: round, reason: FailReason::Severed };
         assert_eq!(a.events, [failed]);
         a.events.clear();
         relay.dark.store(false, Ordering::Relaxed);
@@ -256,21 +209,10 @@ fn a_stuck_peer_holds_up_nobody_else() {
     let begun = Instant::now();
     for ticket in 0..8 {
         a.write(3, ticket, 1 << 20, free);
-        a.expect(
-            Duration::from_secs(2),
-            |e| matches!(e, Event::Sent { ticket: t, .. } if *t == ticket),
-        );
+        a.expect(Duration::from_secs(2), |e| matches!(e, Event::Sent { ticket: t, .. } if *t == ticket));
     }
-    assert!(
-        begun.elapsed() < Duration::from_millis(800),
-        "took {:?}",
-        begun.elapsed()
-    );
-    assert!(
-        a.events.is_empty(),
-        "nothing has happened to the stuck peer yet: {:?}",
-        a.events
-    );
+    assert!(begun.elapsed() < Duration::from_millis(800), "took {:?}", begun.elapsed());
+    assert!(a.events.is_empty(), "nothing has happened to the stuck peer yet: {:?}", a.events);
 }
 
 #[test]
@@ -279,11 +221,7 @@ fn a_node_that_does_not_poll_is_not_flooded() {
     let identity = Identity::load_or_create(&dir).unwrap();
     std::fs::remove_dir_all(&dir).unwrap();
     let bind = |node, event_limit| {
-        let config = QuicConfig {
-            event_limit,
-            write_limit: 10_000,
-            ..QuicConfig::default()
-        };
+        let config = QuicConfig { event_limit, write_limit: 10_000, ..QuicConfig::default() };
         QuicTransport::bind(LOOPBACK, &identity, NodeId(node), config).unwrap()
     };
     let (mut a, mut b) = (bind(1, 1 << 20), bind(2, 100));
@@ -300,13 +238,7 @@ fn a_node_that_does_not_poll_is_not_flooded() {
     let window = b.open_window(NodeId(1), id, 0..4096).unwrap();
     let source = region.extent(0..0).unwrap();
     for ticket in 0..5000 {
-        let write = Write {
-            ticket,
-            source: source.clone(),
-            window,
-            offset: 0,
-            immediate: ticket as u32,
-        };
+        let write = Write { ticket, source: source.clone(), window, offset: 0, immediate: ticket as u32 };
         a.submit(NodeId(2), write).unwrap();
     }
     thread::sleep(Duration::from_millis(500));
@@ -317,11 +249,7 @@ fn a_node_that_does_not_poll_is_not_flooded() {
     let begun = Instant::now();
     while landed.len() < 5001 {
         b.poll(&mut landed);
-        assert!(
-            begun.elapsed() < Duration::from_secs(10),
-            "only {} events came",
-            landed.len()
-        );
+        assert!(begun.elapsed() < Duration::from_secs(10), "only {} events came", landed.len());
         thread::sleep(Duration::from_millis(1));
     }
 }

@@ -32,19 +32,15 @@ impl Drop for Scratch {
 
 fn ca() -> CertifiedIssuer<'static, KeyPair> {
     let mut params = CertificateParams::default();
-    params
-        .distinguished_name
-        .push(rcgen::DnType::CommonName, "a site's own CA");
+    params.distinguished_name.push(rcgen::DnType::CommonName, "a site's own CA");
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
 }
 
 fn leaf() -> CertificateParams {
     let mut params = CertificateParams::new(vec!["tandem".to_owned()]).unwrap();
-    params.extended_key_usages = vec![
-        ExtendedKeyUsagePurpose::ServerAuth,
-        ExtendedKeyUsagePurpose::ClientAuth,
-    ];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params
 }
 
@@ -74,23 +70,11 @@ fn certificates_of_a_site_are_checked_before_peers_do() {
     let good = issue(leaf());
 
     check(&scratch, &ca_pem, &good, &key_pem, None);
-    check(
-        &scratch,
-        &theirs.pem(),
-        &good,
-        &key_pem,
-        Some(&["node.crt", "the CA that issued it"]),
-    );
+    check(&scratch, &theirs.pem(), &good, &key_pem, Some(&["node.crt", "the CA that issued it"]));
 
     let mut expired = leaf();
     expired.not_after = date_time_ymd(2020, 1, 1);
-    check(
-        &scratch,
-        &ca_pem,
-        &issue(expired),
-        &key_pem,
-        Some(&["node.crt", "issue a new one"]),
-    );
+    check(&scratch, &ca_pem, &issue(expired), &key_pem, Some(&["node.crt", "issue a new one"]));
 
     let mut early = leaf();
     early.not_before = date_time_ymd(4000, 1, 1);
@@ -98,60 +82,25 @@ fn certificates_of_a_site_are_checked_before_peers_do() {
 
     let mut other_name = leaf();
     other_name.subject_alt_names.clear();
-    check(
-        &scratch,
-        &ca_pem,
-        &issue(other_name),
-        &key_pem,
-        Some(&["DNS name tandem"]),
-    );
+    check(&scratch, &ca_pem, &issue(other_name), &key_pem, Some(&["DNS name tandem"]));
 
     let mut server_only = leaf();
     server_only.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    check(
-        &scratch,
-        &ca_pem,
-        &issue(server_only),
-        &key_pem,
-        Some(&["clientAuth"]),
-    );
+    check(&scratch, &ca_pem, &issue(server_only), &key_pem, Some(&["clientAuth"]));
 
     let other_key = KeyPair::generate().unwrap().serialize_pem();
-    check(
-        &scratch,
-        &ca_pem,
-        &good,
-        &other_key,
-        Some(&["private key that belongs"]),
-    );
+    check(&scratch, &ca_pem, &good, &other_key, Some(&["private key that belongs"]));
 
-    check(
-        &scratch,
-        &ca_pem,
-        "",
-        &key_pem,
-        Some(&["node.crt", "no PEM block"]),
-    );
-    check(
-        &scratch,
-        &ca_pem,
-        &good,
-        "nonsense",
-        Some(&["node.key", "private key"]),
-    );
+    check(&scratch, &ca_pem, "", &key_pem, Some(&["node.crt", "no PEM block"]));
+    check(&scratch, &ca_pem, &good, "nonsense", Some(&["node.key", "private key"]));
 }
 
 #[test]
 fn unusable_files_are_named() {
     let scratch = Scratch::new("files");
     let missing = scratch.0.join("missing.pem");
-    let error = Identity::from_pem(&missing, &missing, &missing)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("cannot read") && error.contains("missing.pem"),
-        "{error}"
-    );
+    let error = Identity::from_pem(&missing, &missing, &missing).unwrap_err().to_string();
+    assert!(error.contains("cannot read") && error.contains("missing.pem"), "{error}");
 
     scratch.put("ca.pem", "nonsense");
     let error = Identity::load_or_create(&scratch.0).unwrap_err().to_string();

@@ -39,9 +39,7 @@ fn traffic(seed: u64) -> String {
     }
     let mut draw = seed;
     let mut next = |below: u64| {
-        draw = draw
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        draw = draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (draw >> 33) % below
     };
     for step in 0..400u64 {
@@ -71,20 +69,12 @@ fn traffic(seed: u64) -> String {
                     nodes[to].close_window(window);
                 }
                 let start = from * 10_000;
-                let window = nodes[to]
-                    .open_window(ids[from], *region, start..start + 10_000)
-                    .ok();
+                let window = nodes[to].open_window(ids[from], *region, start..start + 10_000).ok();
                 open[from] = window.or(open[from]);
                 if let Some(window) = open[from] {
                     let len = next(10_000) as usize;
                     let source = windows[from].0.extent(50_000..50_000 + len).unwrap();
-                    let write = Write {
-                        ticket: step,
-                        source,
-                        window,
-                        offset: 0,
-                        immediate: step as u32,
-                    };
+                    let write = Write { ticket: step, source, window, offset: 0, immediate: step as u32 };
                     log += &format!("{:?}\n", nodes[from].submit(ids[to], write));
                 }
             }
@@ -107,14 +97,8 @@ fn traffic(seed: u64) -> String {
 fn a_seed_is_all_that_matters() {
     for seed in 0..20 {
         let log = traffic(seed);
-        assert!(
-            log.contains("Landed") && log.contains("Frame") && log.contains("Severed"),
-            "seed {seed}"
-        );
-        assert!(
-            log == traffic(seed),
-            "seed {seed} gave other events the second time"
-        );
+        assert!(log.contains("Landed") && log.contains("Frame") && log.contains("Severed"), "seed {seed}");
+        assert!(log == traffic(seed), "seed {seed} gave other events the second time");
     }
     assert!(traffic(1) != traffic(2));
 }
@@ -127,28 +111,19 @@ fn control_pair(config: SimConfig) -> (SimNetwork, [SimTransport; 2]) {
     for (node, peer) in [(1, 2), (2, 1)] {
         let mut events = Vec::new();
         network.poll_control(NodeId(node), &mut events);
-        assert!(
-            matches!(events[..], [ControlEvent::Up { peer: p, .. }] if p == NodeId(peer)),
-            "{events:?}"
-        );
+        assert!(matches!(events[..], [ControlEvent::Up { peer: p, .. }] if p == NodeId(peer)), "{events:?}");
     }
     (network, nodes)
 }
 
 #[test]
 fn lanes_keep_their_order_whatever_happens() {
-    let config = SimConfig {
-        break_connection: 0.0,
-        frame_limit: 1000,
-        ..rough()
-    };
+    let config = SimConfig { break_connection: 0.0, frame_limit: 1000, ..rough() };
     let (network, _nodes) = control_pair(config);
     let mut received = [Vec::new(), Vec::new()];
     for i in 0..500u32 {
         for lane in Lane::ALL {
-            network
-                .send(NodeId(1), NodeId(2), lane, i.to_le_bytes().to_vec())
-                .unwrap();
+            network.send(NodeId(1), NodeId(2), lane, i.to_le_bytes().to_vec()).unwrap();
         }
         if i % 50 == 0 {
             network.partition(NodeId(1), NodeId(2));
@@ -174,23 +149,14 @@ fn lanes_keep_their_order_whatever_happens() {
 
 #[test]
 fn queues_are_bounded() {
-    let (network, _nodes) = control_pair(SimConfig {
-        frame_limit: 3,
-        frame_bytes: 10,
-        ..SimConfig::default()
-    });
+    let (network, _nodes) =
+        control_pair(SimConfig { frame_limit: 3, frame_bytes: 10, ..SimConfig::default() });
     let send = |len| network.send(NodeId(1), NodeId(2), Lane::Main, vec![0; len]);
     assert_eq!(send(11), Err(SendError::Oversize { len: 11, limit: 10 }));
     for _ in 0..3 {
         send(10).unwrap();
     }
-    assert_eq!(
-        send(10),
-        Err(SendError::Backlogged {
-            peer: NodeId(2),
-            limit: 3
-        })
-    );
+    assert_eq!(send(10), Err(SendError::Backlogged { peer: NodeId(2), limit: 3 }));
     network.send(NodeId(1), NodeId(2), Lane::Urgent, vec![1]).unwrap();
     network.advance(Time(network.now().0 + 1_000_000));
     send(10).unwrap();
@@ -216,24 +182,14 @@ fn a_partition_is_noticed_unless_it_heals_first() {
         let (mut data, mut control) = (Vec::new(), Vec::new());
         drain(&mut data, &mut control);
         let severed = data.iter().filter(|e| matches!(e, Event::Severed { .. })).count();
-        let down = control
-            .iter()
-            .filter(|e| matches!(e, ControlEvent::Down { .. }))
-            .count();
-        assert_eq!(
-            (severed, down),
-            if noticed { (2, 2) } else { (0, 0) },
-            "dark for {dark_us} us"
-        );
+        let down = control.iter().filter(|e| matches!(e, ControlEvent::Down { .. })).count();
+        assert_eq!((severed, down), if noticed { (2, 2) } else { (0, 0) }, "dark for {dark_us} us");
     }
 }
 
 #[test]
 fn what_was_on_the_wire_may_land_after_the_writer_gave_up() {
-    let config = SimConfig {
-        latency_us: 1000..=1000,
-        ..SimConfig::default()
-    };
+    let config = SimConfig { latency_us: 1000..=1000, ..SimConfig::default() };
     let network = SimNetwork::new(1, config);
     let (mut writer, mut reader) = (network.transport(NodeId(1)), network.transport(NodeId(2)));
     let (theirs, ours) = (HostRegion::map(4096).unwrap(), HostRegion::map(4096).unwrap());
@@ -244,20 +200,11 @@ fn what_was_on_the_wire_may_land_after_the_writer_gave_up() {
     let source = ours.extent(0..1000).unwrap();
     // SAFETY: the test is the only holder.
     unsafe { source.bytes_mut() }.fill(7);
-    let write = Write {
-        ticket: 1,
-        source: source.clone(),
-        window,
-        offset: 0,
-        immediate: 0,
-    };
+    let write = Write { ticket: 1, source: source.clone(), window, offset: 0, immediate: 0 };
     writer.submit(NodeId(2), write.clone()).unwrap();
     network.advance(Time(10_500));
     writer.sever(NodeId(2));
-    assert_eq!(
-        writer.submit(NodeId(2), write),
-        Err(SubmitError::NotConnected { peer: NodeId(2) })
-    );
+    assert_eq!(writer.submit(NodeId(2), write), Err(SubmitError::NotConnected { peer: NodeId(2) }));
     let mut events = Vec::new();
     writer.poll(&mut events);
     assert_eq!(events.len(), 3, "Connected, Failed, Severed: {events:?}");
@@ -267,8 +214,5 @@ fn what_was_on_the_wire_may_land_after_the_writer_gave_up() {
     network.advance(Time(11_100));
     let landing = theirs.extent(0..1000).unwrap();
     // SAFETY: the simulation is between two steps.
-    assert!(
-        unsafe { landing.bytes() }.iter().all(|byte| *byte == 7),
-        "the old bytes arrived all the same"
-    );
+    assert!(unsafe { landing.bytes() }.iter().all(|byte| *byte == 7), "the old bytes arrived all the same");
 }

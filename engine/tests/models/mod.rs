@@ -1,5 +1,5 @@
 //! The models that tests run.
-#![allow(dead_code)] // Each test binary uses a part.
+#![allow(dead_code, unreachable_pub)] // Each test binary uses a part.
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,11 @@ pub fn find(name: &str) -> Option<PathBuf> {
     let repository = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let named = std::env::var_os("TANDEM_MODELS_DIR").map(PathBuf::from);
     let places = [Some(repository.join("models")), named, Some(repository.join("../shared/models"))];
-    let found = places.into_iter().flatten().map(|place| place.join(name)).find(|dir| dir.join("config.json").is_file());
+    let found = places
+        .into_iter()
+        .flatten()
+        .map(|place| place.join(name))
+        .find(|dir| dir.join("config.json").is_file());
     if found.is_none() {
         eprintln!("skipped: model {name} is not here; name its parent folder in TANDEM_MODELS_DIR");
     }

@@ -8,7 +8,9 @@
 use super::Cpu;
 use super::buffer::{Buffer, Rows, Shared};
 use super::element::{Bf16, Dtype, Element, F16, write_row};
-use super::linear::{MAX_TILE_ROWS, PANEL, Split, Tile, pack_tile, packed_len, packed_offset, tile, with_rows};
+use super::linear::{
+    MAX_TILE_ROWS, PACKED, PANEL, Segment, Split, Tile, pack_tile, packed_len, packed_offset, tiles,
+};
 use super::simd::{LANES, Op, Simd, exp, max_lane, sum};
 use crate::KvPages;
 use std::cell::RefCell;
@@ -125,7 +127,12 @@ pub fn attention(
         let pieces = Split::new(span.tokens, step);
         for piece in 0..pieces.tiles {
             for kv_head in 0..heads.kv_heads {
-                tasks.push(Task { span: *span, first: pieces.first(piece), tokens: pieces.height(piece), kv_head });
+                tasks.push(Task {
+                    span: *span,
+                    first: pieces.first(piece),
+                    tokens: pieces.height(piece),
+                    kv_head,
+                });
             }
         }
     }
@@ -197,11 +204,7 @@ impl Op for Attend<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match Dtype::from(self.work.kv.shape().dtype) {
-            Dtype::F32 => self.work.attend::<S, f32>(s, self.scratch),
-            Dtype::F16 => self.work.attend::<S, F16>(s, self.scratch),
-            Dtype::Bf16 => self.work.attend::<S, Bf16>(s, self.scratch),
-        }
+        self.work.attend(s, self.scratch);
     }
 }
 
@@ -252,7 +255,7 @@ impl<'a> Scratch<'a> {
 
 impl Work<'_> {
     #[inline(always)]
-    fn attend<S: Simd, E: Element>(self, s: S, scratch: &mut Buffer) {
+    fn attend<S: Simd>(self, s: S, scratch: &mut Buffer) {
         let Work { heads, qkv, task, .. } = self;
         let dim = heads.head_dim;
         let wide = dim.next_multiple_of(PANEL);
@@ -263,8 +266,7 @@ impl Work<'_> {
         let end = q_start + task.tokens;
         let first_seen = self.first_seen(q_start);
         let first_block = first_seen / BLOCK;
-        self.prefetch_block::<S, E>(s, first_block * BLOCK, end);
-        let scratch = Scratch::new(scratch, packed_len(split, dim), rows, dim);
+        let mut scratch = Scratch::new(scratch, packed_len(split, dim), rows, dim);
 
         for t in 0..split.tiles {
             // SAFETY: the tile's part of the packed queries ends with its slack. Rows of the tile are copied
@@ -290,10 +292,16 @@ impl Work<'_> {
         for block in first_block..end.div_ceil(BLOCK) {
             let start = block * BLOCK;
             let filled = BLOCK.min(end - start);
-            self.prefetch_block::<S, E>(s, start + BLOCK, end);
             // SAFETY: the scratch parts have the sizes that `Scratch::new` gives them, and positions below
             // `end` lie in pages that `check` has found.
-            unsafe { self.load_block::<S, E>(s, start, filled, scratch.keys, scratch.values, scratch.turning) };
+            let values = unsafe {
+                let block = Block { start, filled, ahead: end };
+                match Dtype::from(self.kv.shape().dtype) {
+                    Dtype::F32 => self.load_block::<S, f32>(s, block, &mut scratch),
+                    Dtype::F16 => self.load_block::<S, F16>(s, block, &mut scratch),
+                    Dtype::Bf16 => self.load_block::<S, Bf16>(s, block, &mut scratch),
+                }
+            };
             for t in 0..split.tiles {
                 let (first, height) = (split.first(t), split.height(t));
                 let tile_end = q_start + (first + height - 1) / group + 1;
@@ -307,20 +315,16 @@ impl Work<'_> {
                     let queries = scratch.queries.as_ptr().add(packed_offset(split, t, dim));
                     let scores = scratch.scores.as_mut_ptr();
                     let sums = scratch.sums.as_mut_ptr().add(first * wide);
-                    for half in 0..seen.div_ceil(PANEL) {
-                        with_rows!(S, height, R => tile::<S, f32, R, 1>(s, Tile {
-                            steps: dim,
-                            a: queries,
-                            a_row: 1,
-                            a_step: R,
-                            b: scratch.keys.as_ptr().add(half * dim.next_multiple_of(LANES) * PANEL),
-                            b_panel: 0,
-                            b_step: PANEL,
-                            c: scores.add(half * PANEL),
-                            c_row: BLOCK,
-                            fresh: true,
-                        }));
-                    }
+                    let product = Tile {
+                        a: queries,
+                        segments: &[Segment { b: scratch.keys.as_ptr(), steps: dim }],
+                        b_panel: dim.next_multiple_of(LANES) * PANEL,
+                        b_step: PANEL,
+                        c: scores,
+                        c_row: BLOCK,
+                        fresh: true,
+                    };
+                    tiles::<S, f32, PACKED>(s, height, seen.div_ceil(PANEL), product);
                     for i in 0..height {
                         let position = q_start + (first + i) / group;
                         let from = self.first_seen(position).saturating_sub(start);
@@ -336,20 +340,7 @@ impl Work<'_> {
                             rescale(s, &mut scratch.sums[(first + i) * wide..][..wide], scale);
                         }
                     }
-                    for panel in 0..wide / PANEL {
-                        with_rows!(S, height, R => tile::<S, f32, R, 1>(s, Tile {
-                            steps: seen,
-                            a: scores,
-                            a_row: BLOCK,
-                            a_step: 1,
-                            b: scratch.values.as_ptr().add(panel * PANEL),
-                            b_panel: 0,
-                            b_step: wide,
-                            c: sums.add(panel * PANEL),
-                            c_row: wide,
-                            fresh: false,
-                        }));
-                    }
+                    values.multiply(s, height, seen, scores, sums);
                 }
             }
         }
@@ -372,7 +363,8 @@ impl Work<'_> {
         self.heads.window.map_or(0, |w| (position + 1).saturating_sub(w as usize))
     }
 
-    /// Turns the keys of a block and copies its values. Only the first `filled` positions are read.
+    /// Turns the keys of a block, and finds its values, or copies them where they are not whole panels of
+    /// f32.
     ///
     /// # Safety
     /// Pages hold these positions, and the scratch has room for a block.
@@ -380,39 +372,62 @@ impl Work<'_> {
     unsafe fn load_block<S: Simd, E: Element>(
         &self,
         s: S,
-        start: usize,
-        filled: usize,
-        keys: &mut [f32],
-        values: &mut [f32],
-        turning: &mut [f32],
-    ) {
+        block: Block,
+        scratch: &mut Scratch<'_>,
+    ) -> Values {
+        let Block { start, filled, ahead } = block;
+        let Scratch { keys, values, turning, .. } = scratch;
         let dim = self.heads.head_dim;
         let (narrow, wide) = (dim.next_multiple_of(LANES), dim.next_multiple_of(PANEL));
+        let mut found =
+            Values { segments: [Segment { b: std::ptr::null(), steps: 0 }; BLOCK], count: 0, wide };
         for base in (0..filled).step_by(LANES) {
+            let mut from = (turning.as_ptr(), narrow);
             let mut i = base;
             let end = (base + LANES).min(filled);
             while i < end {
                 // As many as lie in one page.
                 let (k, v, run) = self.rows_at::<E>(start + i);
                 let run = run.min(end - i);
-                for row in 0..run {
-                    // SAFETY: the rows lie in the page; pages start at multiples of an element's size.
-                    unsafe {
-                        copy_row(s, k.add(row * dim), &mut turning[(i - base + row) * narrow..][..dim]);
-                        copy_row(s, v.add(row * dim), &mut values[(i + row) * wide..][..dim]);
+                match E::as_f32(v) {
+                    Some(v) if dim == wide => found.push(v, run),
+                    _ => {
+                        found.push(values[i * wide..].as_ptr(), run);
+                        for row in 0..run {
+                            // SAFETY: the rows lie in the page; pages start at multiples of an element's size.
+                            unsafe { copy_row(s, v.add(row * dim), &mut values[(i + row) * wide..][..dim]) };
+                        }
+                    }
+                }
+                match E::as_f32(k) {
+                    Some(keys) if run == LANES && dim == narrow => from = (keys, dim),
+                    _ => {
+                        for row in 0..run {
+                            // SAFETY: as above.
+                            unsafe {
+                                copy_row(
+                                    s,
+                                    k.add(row * dim),
+                                    &mut turning[(i - base + row) * narrow..][..dim],
+                                )
+                            };
+                        }
                     }
                 }
                 i += run;
             }
             // Positions that are not filled leave what an earlier block left: their scores are masked.
             for column in (0..narrow).step_by(LANES) {
-                // SAFETY: sixteen rows of `turning`; the block's keys have `narrow` rows for each half.
+                self.prefetch::<S, E>(s, start + BLOCK + base, ahead, column);
+                // SAFETY: sixteen rows, of `turning` or of a page; the block's keys have `narrow` rows for each
+                // half.
                 unsafe {
                     let to = keys.as_mut_ptr().add((base / PANEL * narrow + column) * PANEL + base % PANEL);
-                    s.transpose(turning.as_ptr().add(column), narrow, to, PANEL);
+                    s.transpose(from.0.add(column), from.1, to, PANEL);
                 }
             }
         }
+        found
     }
 
     /// Where the key and the value of a position lie, and how many rows follow in the page from there on.
@@ -428,22 +443,79 @@ impl Work<'_> {
         (k.cast(), v.cast(), self.page_tokens - row)
     }
 
-    /// Asks for the rows of a block, up to position `end`, ahead of their use: pages lie anywhere, so the
-    /// machine cannot guess the next.
+    /// Asks for sixteen columns of the keys and values of sixteen positions from `position` on, well ahead of
+    /// their use: pages lie anywhere, so the machine cannot guess the next. Does nothing for smaller pages.
     #[inline(always)]
-    fn prefetch_block<S: Simd, E: Element>(&self, s: S, start: usize, end: usize) {
-        let mut position = start;
-        let end = end.min(start + BLOCK);
-        while position < end {
-            let (k, v, run) = self.rows_at::<E>(position);
-            let run = run.min(end - position);
-            let bytes = run * self.heads.head_dim * size_of::<E>();
-            for at in (0..bytes).step_by(CACHE_LINE) {
-                s.prefetch(k.cast::<u8>().wrapping_add(at));
-                s.prefetch(v.cast::<u8>().wrapping_add(at));
-            }
-            position += run;
+    fn prefetch<S: Simd, E: Element>(&self, s: S, position: usize, end: usize, column: usize) {
+        if position >= end || !(column * size_of::<E>()).is_multiple_of(CACHE_LINE) {
+            return;
         }
+        let (k, v, run) = self.rows_at::<E>(position);
+        for row in 0..run.min(LANES) {
+            s.prefetch(k.wrapping_add(row * self.heads.head_dim + column).cast());
+            s.prefetch(v.wrapping_add(row * self.heads.head_dim + column).cast());
+        }
+    }
+}
+
+/// Which positions of a block are there.
+#[derive(Clone, Copy)]
+struct Block {
+    start: usize,
+    filled: usize,
+    /// Positions below this will be needed by later blocks.
+    ahead: usize,
+}
+
+/// The values of a block.
+struct Values {
+    /// Where they lie in the pages, or in the scratch memory if they were copied.
+    segments: [Segment<f32>; BLOCK],
+    count: usize,
+    /// Numbers of a row.
+    wide: usize,
+}
+
+impl Values {
+    #[inline(always)]
+    fn push(&mut self, b: *const f32, steps: usize) {
+        self.segments[self.count] = Segment { b, steps };
+        self.count += 1;
+    }
+
+    /// Adds the values of the first `seen` positions, weighted by the rows of `weights`, to `sums`.
+    ///
+    /// # Safety
+    /// `weights` has `height` rows of a block, `sums` as many of `wide` numbers, and `seen` positions were
+    /// found.
+    #[inline(always)]
+    unsafe fn multiply<S: Simd>(
+        &self,
+        s: S,
+        height: usize,
+        seen: usize,
+        weights: *const f32,
+        sums: *mut f32,
+    ) {
+        let mut segments = self.segments;
+        let (mut count, mut left) = (0, seen);
+        while left > 0 {
+            segments[count].steps = segments[count].steps.min(left);
+            left -= segments[count].steps;
+            count += 1;
+        }
+        let wide = self.wide;
+        let product = Tile {
+            a: weights,
+            segments: &segments[..count],
+            b_panel: PANEL,
+            b_step: wide,
+            c: sums,
+            c_row: wide,
+            fresh: false,
+        };
+        // SAFETY: by the caller's promise.
+        unsafe { tiles::<S, f32, BLOCK>(s, height, wide / PANEL, product) };
     }
 }
 

@@ -59,10 +59,18 @@ pub(crate) fn write_row(dtype: Dtype, from: &[f32], to: &mut [u8]) {
             to.as_chunks_mut::<4>().0.iter_mut().zip(from).for_each(|(to, x)| *to = x.to_le_bytes());
         }
         Dtype::F16 => {
-            to.as_chunks_mut::<2>().0.iter_mut().zip(from).for_each(|(to, x)| *to = f16::from_f32(*x).to_le_bytes());
+            to.as_chunks_mut::<2>()
+                .0
+                .iter_mut()
+                .zip(from)
+                .for_each(|(to, x)| *to = f16::from_f32(*x).to_le_bytes());
         }
         Dtype::Bf16 => {
-            to.as_chunks_mut::<2>().0.iter_mut().zip(from).for_each(|(to, x)| *to = bf16::from_f32(*x).to_le_bytes());
+            to.as_chunks_mut::<2>()
+                .0
+                .iter_mut()
+                .zip(from)
+                .for_each(|(to, x)| *to = bf16::from_f32(*x).to_le_bytes());
         }
     }
 }
@@ -96,6 +104,12 @@ pub(crate) trait Element: Copy + Send + Sync {
     /// Where column `column` of a panel row lies in it.
     fn panel_slot(column: usize) -> usize;
     fn to_f32(self) -> f32;
+    /// The numbers themselves, where they are stored as f32.
+    #[inline(always)]
+    fn as_f32(p: *const Self) -> Option<*const f32> {
+        let _ = p;
+        None
+    }
 }
 
 impl Element for f32 {
@@ -119,6 +133,10 @@ impl Element for f32 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn as_f32(p: *const f32) -> Option<*const f32> {
+        Some(p)
     }
 }
 

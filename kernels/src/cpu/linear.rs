@@ -129,9 +129,12 @@ impl Matrix {
         let fill = Fill { cpu, parts, inputs, panels, source: &source };
         match dtype {
             Dtype::F32 => fill.pack::<f32>(&mut data, |part, i| read_f32(part.dtype, part.data, i)),
-            Dtype::F16 => fill.pack(&mut data, |part, i| F16(u16::from_le_bytes([part.data[2 * i], part.data[2 * i + 1]]))),
+            Dtype::F16 => fill
+                .pack(&mut data, |part, i| F16(u16::from_le_bytes([part.data[2 * i], part.data[2 * i + 1]]))),
             Dtype::Bf16 => {
-                fill.pack(&mut data, |part, i| Bf16(u16::from_le_bytes([part.data[2 * i], part.data[2 * i + 1]])));
+                fill.pack(&mut data, |part, i| {
+                    Bf16(u16::from_le_bytes([part.data[2 * i], part.data[2 * i + 1]]))
+                });
             }
         }
         let width = if gated { outputs / 2 } else { outputs };
@@ -218,17 +221,21 @@ impl<F: Fn(usize) -> Option<(usize, usize)> + Sync> Fill<'_, F> {
     }
 }
 
-/// Where the operands of [`tile`] lie. Steps are in elements.
+/// A stretch of the second operand: `steps` steps from `b` on.
 #[derive(Clone, Copy)]
-pub(crate) struct Tile<E> {
-    /// Length of the chains.
-    pub(crate) steps: usize,
-    /// Row r's number for step k is at `a[r * a_row + k * a_step]`.
-    pub(crate) a: *const f32,
-    pub(crate) a_row: usize,
-    pub(crate) a_step: usize,
-    /// Panel p's 32 numbers for step k are at `b[p * b_panel + k * b_step]`.
+pub(crate) struct Segment<E> {
     pub(crate) b: *const E,
+    pub(crate) steps: usize,
+}
+
+/// Where the operands of [`tiles`] lie. Strides are in elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<'a, E> {
+    /// The rows, packed as `[step][row]`, or one after the other, as [`tiles`] is told.
+    pub(crate) a: *const f32,
+    /// The columns, step after step. Panel p's 32 numbers for step k of a segment are at
+    /// `b[p * b_panel + k * b_step]`.
+    pub(crate) segments: &'a [Segment<E>],
     pub(crate) b_panel: usize,
     pub(crate) b_step: usize,
     /// Row r's results for panel p are at `c[r * c_row + p * 32]`.
@@ -238,12 +245,94 @@ pub(crate) struct Tile<E> {
     pub(crate) fresh: bool,
 }
 
-/// The innermost loop: R rows by P panels, each result one chain.
+/// The stride that [`tiles`] takes for rows packed as `[step][row]`.
+pub(crate) const PACKED: usize = 0;
+
+/// Multiplies up to a tile of rows by `panels` panels, each result one chain over all segments. Rows lie
+/// `ROW` apart, or are [`PACKED`].
 ///
 /// # Safety
 /// Everything that `t` names can be read, and its results written.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize>(s: S, t: Tile<E>) {
+pub(crate) unsafe fn tiles<S: Simd, E: Element, const ROW: usize>(
+    s: S,
+    rows: usize,
+    panels: usize,
+    t: Tile<'_, E>,
+) {
+    let mut panel = 0;
+    while panel < panels {
+        let wide = wide_panels(rows, S::TILE_ROWS);
+        let left = panels - panel;
+        let taken = if left >= wide {
+            wide
+        } else if left >= 2 && wide > 2 {
+            2
+        } else {
+            1
+        };
+        let t = Tile { c: t.c.wrapping_add(panel * PANEL), ..t };
+        let skip = panel * t.b_panel;
+        // SAFETY: the caller's promise covers `taken` panels from here.
+        unsafe {
+            match (taken, rows) {
+                (6, _) => tile::<S, E, 1, 6, ROW>(s, t, skip),
+                (4, _) => tile::<S, E, 2, 4, ROW>(s, t, skip),
+                (2, 1) => tile::<S, E, 1, 2, ROW>(s, t, skip),
+                (2, 2) => tile::<S, E, 2, 2, ROW>(s, t, skip),
+                (2, 3) => tile::<S, E, 3, 2, ROW>(s, t, skip),
+                (2, 4) => tile::<S, E, 4, 2, ROW>(s, t, skip),
+                (2, 5) => tile::<S, E, 5, 2, ROW>(s, t, skip),
+                (2, 6) => tile::<S, E, 6, 2, ROW>(s, t, skip),
+                (2, 7) => tile::<S, E, 7, 2, ROW>(s, t, skip),
+                (1, 1) => tile::<S, E, 1, 1, ROW>(s, t, skip),
+                (1, 2) => tile::<S, E, 2, 1, ROW>(s, t, skip),
+                (1, 3) => tile::<S, E, 3, 1, ROW>(s, t, skip),
+                (1, 4) => tile::<S, E, 4, 1, ROW>(s, t, skip),
+                (1, 5) => tile::<S, E, 5, 1, ROW>(s, t, skip),
+                (1, 6) => tile::<S, E, 6, 1, ROW>(s, t, skip),
+                (1, 7) => tile::<S, E, 7, 1, ROW>(s, t, skip),
+                (1, 8) => tile::<S, E, 8, 1, ROW>(s, t, skip),
+                (1, 9) => tile::<S, E, 9, 1, ROW>(s, t, skip),
+                (1, 10) => tile::<S, E, 10, 1, ROW>(s, t, skip),
+                (1, 11) => tile::<S, E, 11, 1, ROW>(s, t, skip),
+                (1, 12) => tile::<S, E, 12, 1, ROW>(s, t, skip),
+                (1, 13) => tile::<S, E, 13, 1, ROW>(s, t, skip),
+                (1, 14) => tile::<S, E, 14, 1, ROW>(s, t, skip),
+                (taken, rows) => unreachable!("no tile of {rows} rows by {taken} panels"),
+            }
+        }
+        panel += taken;
+    }
+}
+
+/// Panels to take at once: enough chains to hide the latency of one, few enough that all accumulators stay
+/// in registers.
+#[inline(always)]
+pub(crate) fn wide_panels(rows: usize, tile_rows: usize) -> usize {
+    match (rows, tile_rows) {
+        (1, 8..) => 6,
+        (2, 8..) => 4,
+        (3..=7, 8..) => 2,
+        (1, _) => 2,
+        _ => 1,
+    }
+}
+
+/// The innermost loop: R rows by P panels, which begin `skip` elements into each segment.
+///
+/// # Safety
+/// As [`tiles`].
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize, const ROW: usize>(
+    s: S,
+    t: Tile<'_, E>,
+    skip: usize,
+) {
+    if R > S::TILE_ROWS {
+        unreachable!("a tile of {R} rows");
+    }
+    let (a_row, a_step) = if ROW == PACKED { (1, R) } else { (ROW, 1) };
     // SAFETY: the caller's promise covers every address below.
     unsafe {
         let zero = s.splat(0.0);
@@ -256,21 +345,24 @@ pub(crate) unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize>(s
                 }
             }
         }
-        let (mut a, mut b) = (t.a, t.b);
-        for _ in 0..t.steps {
-            let mut columns = [(zero, zero); P];
-            for (p, column) in columns.iter_mut().enumerate() {
-                *column = E::load_panel(s, b.add(p * t.b_panel));
-            }
-            for (r, row) in acc.iter_mut().enumerate() {
-                let x = s.splat(*a.add(r * t.a_row));
-                for (cell, column) in row.iter_mut().zip(&columns) {
-                    cell.0 = s.fma(x, column.0, cell.0);
-                    cell.1 = s.fma(x, column.1, cell.1);
+        let mut a = t.a;
+        for segment in t.segments {
+            let mut b = segment.b.add(skip);
+            for _ in 0..segment.steps {
+                let mut columns = [(zero, zero); P];
+                for (p, column) in columns.iter_mut().enumerate() {
+                    *column = E::load_panel(s, b.add(p * t.b_panel));
                 }
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let x = s.splat(*a.add(r * a_row));
+                    for (cell, column) in row.iter_mut().zip(&columns) {
+                        cell.0 = s.fma(x, column.0, cell.0);
+                        cell.1 = s.fma(x, column.1, cell.1);
+                    }
+                }
+                a = a.add(a_step);
+                b = b.add(t.b_step);
             }
-            a = a.add(t.a_step);
-            b = b.add(t.b_step);
         }
         for (r, row) in acc.iter().enumerate() {
             for (p, cell) in row.iter().enumerate() {
@@ -281,23 +373,6 @@ pub(crate) unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize>(s
         }
     }
 }
-
-/// Calls `$body` with the constant `$R` equal to `$rows`, for the tile sizes of instruction set `$S`.
-macro_rules! with_rows {
-    ($S:ident, $rows:expr, $R:ident => $body:expr) => {
-        with_rows!(@ $S, $rows, $R => $body; 1 2 3 4 5 6 7 8 9 10 11 12 13 14)
-    };
-    (@ $S:ident, $rows:expr, $R:ident => $body:expr; $($n:literal)+) => {
-        match $rows {
-            $($n if $n <= <$S as $crate::cpu::simd::Simd>::TILE_ROWS => {
-                const $R: usize = $n;
-                $body
-            })+
-            rows => unreachable!("no tile of {rows} rows"),
-        }
-    };
-}
-pub(crate) use with_rows;
 
 /// Splits `rows` into tiles of nearly equal height: (tiles, smallest height, how many are one higher).
 #[derive(Clone, Copy)]
@@ -381,7 +456,7 @@ thread_local! {
     /// A panel as f32, and partial sums.
     static SCRATCH: RefCell<(Buffer, Buffer)> = const { RefCell::new((Buffer::new(), Buffer::new())) };
     /// Packed rows, of the thread that calls [`linear`].
-    static PACKED: RefCell<Buffer> = const { RefCell::new(Buffer::new()) };
+    static PACKED_ROWS: RefCell<Buffer> = const { RefCell::new(Buffer::new()) };
 }
 
 /// `out = x * weight^T + bias`, or the same added to `out`. A gated pair gives `silu(gate) * up`.
@@ -398,7 +473,7 @@ pub fn linear(cpu: &Cpu, x: &Rows, weight: &Matrix, epilogue: Epilogue, out: &mu
         return;
     }
     let out = Shared::new(out.data_mut());
-    PACKED.with_borrow_mut(|packed| {
+    PACKED_ROWS.with_borrow_mut(|packed| {
         cpu.isa.run(Product { cpu, x, weight, epilogue, out, packed });
     });
 }
@@ -498,18 +573,6 @@ struct Job<'a> {
     out: Shared<f32>,
 }
 
-/// Panels that a single tile of `rows` rows takes at once: enough chains to hide the latency of one.
-#[inline(always)]
-fn wide_panels(rows: usize, tile_rows: usize) -> usize {
-    match (rows, tile_rows) {
-        (1, 8..) => 6,
-        (2, 8..) => 4,
-        (3..=7, 8..) => 2,
-        (1, _) => 2,
-        _ => 1,
-    }
-}
-
 /// One tile of rows, by a range of panels; weights become f32 in registers.
 struct FewRows<'a> {
     job: Job<'a>,
@@ -537,39 +600,20 @@ fn few_rows<S: Simd, E: Element>(s: S, job: &Job<'_>, panels: std::ops::Range<us
     let mut sums = [0.0f32; MAX_TILE_ROWS * PANEL];
     let mut panel = panels.start;
     while panel < panels.end {
-        let left = panels.end - panel;
-        let taken = if left >= wide { wide } else if left >= 2 && wide > 2 { 2 } else { 1 };
+        let taken = wide.min(panels.end - panel);
+        let b = elements[panel * PANEL * inputs..].as_ptr();
         let t = Tile {
-            steps: inputs,
             a: job.a.get(),
-            a_row: 1,
-            a_step: rows,
-            b: elements[panel * PANEL * inputs..].as_ptr(),
+            segments: &[Segment { b, steps: inputs }],
             b_panel: PANEL * inputs,
             b_step: PANEL,
             c: sums.as_mut_ptr(),
             c_row: taken * PANEL,
             fresh: true,
         };
-        // SAFETY: `a` holds the packed rows, `b` has `taken` panels, and `sums` has room: at most six
-        // panels of one row, four of two, two of seven, one of fourteen.
-        unsafe {
-            match taken {
-                6 => tile::<S, E, 1, 6>(s, Tile { a_step: 1, ..t }),
-                4 => tile::<S, E, 2, 4>(s, Tile { a_step: 2, ..t }),
-                2 => match rows {
-                    1 => tile::<S, E, 1, 2>(s, Tile { a_step: 1, ..t }),
-                    2 => tile::<S, E, 2, 2>(s, Tile { a_step: 2, ..t }),
-                    3 => tile::<S, E, 3, 2>(s, Tile { a_step: 3, ..t }),
-                    4 => tile::<S, E, 4, 2>(s, Tile { a_step: 4, ..t }),
-                    5 => tile::<S, E, 5, 2>(s, Tile { a_step: 5, ..t }),
-                    6 => tile::<S, E, 6, 2>(s, Tile { a_step: 6, ..t }),
-                    7 => tile::<S, E, 7, 2>(s, Tile { a_step: 7, ..t }),
-                    rows => unreachable!("no wide tile of {rows} rows"),
-                },
-                _ => with_rows!(S, rows, R => tile::<S, E, R, 1>(s, Tile { a_step: R, ..t })),
-            }
-        }
+        // SAFETY: `a` holds the packed rows, `b` has `taken` panels, and `sums` has room: `wide` times rows is
+        // at most fourteen.
+        unsafe { tiles::<S, E, PACKED>(s, rows, taken, t) };
         for p in 0..taken {
             for row in 0..rows {
                 finish(s, job, row, panel + p, &sums[(row * taken + p) * PANEL..]);
@@ -591,53 +635,50 @@ impl Op for ManyRows<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        match self.job.weight.dtype {
-            Dtype::F32 => many_rows::<S, f32>(s, &self.job, self.tiles, self.panel, self.scratch),
-            Dtype::F16 => many_rows::<S, F16>(s, &self.job, self.tiles, self.panel, self.scratch),
-            Dtype::Bf16 => many_rows::<S, Bf16>(s, &self.job, self.tiles, self.panel, self.scratch),
-        }
+        many_rows(s, &self.job, self.tiles, self.panel, self.scratch);
     }
 }
 
 #[inline(always)]
-fn many_rows<S: Simd, E: Element>(
+fn many_rows<S: Simd>(
     s: S,
     job: &Job<'_>,
-    tiles: std::ops::Range<usize>,
+    range: std::ops::Range<usize>,
     panel: usize,
     (wide, sums): &mut (Buffer, Buffer),
 ) {
     let inputs = job.weight.inputs;
     let pass = inputs.min(PASS_INPUTS);
-    let first_row = job.split.first(tiles.start);
-    let rows = job.split.first(tiles.end) - first_row;
-    let weights = &job.weight.elements::<E>()[panel * PANEL * inputs..][..PANEL * inputs];
+    let first_row = job.split.first(range.start);
+    let rows = job.split.first(range.end) - first_row;
     let wide = wide.reserve::<f32>(pass * PANEL);
     let sums = sums.reserve::<f32>(rows.max(MAX_TILE_ROWS) * PANEL);
     let mut start = 0;
     while start < inputs {
         let end = (start + pass).min(inputs);
-        let b = E::widen(s, &weights[start * PANEL..end * PANEL], wide);
-        for t in tiles.clone() {
+        let part = panel * PANEL * inputs + start * PANEL..panel * PANEL * inputs + end * PANEL;
+        let b = match job.weight.dtype {
+            Dtype::F32 => f32::widen(s, &job.weight.elements()[part], wide),
+            Dtype::F16 => F16::widen(s, &job.weight.elements()[part], wide),
+            Dtype::Bf16 => Bf16::widen(s, &job.weight.elements()[part], wide),
+        };
+        for t in range.clone() {
             let (height, row) = (job.split.height(t), job.split.first(t));
             let sums = &mut sums[(row - first_row) * PANEL..];
-            // SAFETY: the tile's packed rows from `start` on, a panel of `end - start` steps, and sums for
-            // all rows of the tiles.
+            // SAFETY: the tile's packed rows from `start` on, a panel of `end - start` steps, and sums for all
+            // rows of the tiles.
             unsafe {
                 let a = job.a.get().add(packed_offset(job.split, t, inputs) + start * height).cast_const();
-                let c = sums.as_mut_ptr();
-                with_rows!(S, height, R => tile::<S, f32, R, 1>(s, Tile {
-                    steps: end - start,
+                let t = Tile {
                     a,
-                    a_row: 1,
-                    a_step: R,
-                    b,
+                    segments: &[Segment { b, steps: end - start }],
                     b_panel: 0,
                     b_step: PANEL,
-                    c,
+                    c: sums.as_mut_ptr(),
                     c_row: PANEL,
                     fresh: start == 0,
-                }));
+                };
+                tiles::<S, f32, PACKED>(s, height, 1, t);
             }
             if end == inputs {
                 for i in 0..height {

@@ -191,7 +191,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
     let shifted = s.fma(clamped, s.splat(std::f32::consts::LOG2_E), magic);
     let n = s.sub(shifted, magic);
     // ln 2 in two parts, the first with few enough bits that n times it is exact.
-    let r = s.fma(n, s.splat(-0.693_359_375), clamped);
+    let r = s.fma(n, s.splat(-355.0 / 512.0), clamped);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
     // Cephes' polynomial for e^r on |r| <= ln 2 / 2.
     let mut p = s.splat(1.987_569_1e-4);
@@ -425,36 +425,27 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn transpose(self, from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
-            // SAFETY: see above. Rows are interleaved in pairs, then in fours, then 128-bit lanes move.
+            // SAFETY: see above. Four columns of four rows a register: what crosses 128-bit lanes is done by
+            // loads, so that only half of the shuffles are left for the one unit that does them.
             unsafe {
-                let mut rows = [_mm512_setzero_ps(); 16];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    *row = _mm512_loadu_ps(from.add(i * from_step));
-                }
-                let mut pairs = rows;
-                for i in 0..8 {
-                    pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-                    pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-                }
-                for q in 0..4 {
-                    let a = _mm512_castps_pd(pairs[4 * q]);
-                    let b = _mm512_castps_pd(pairs[4 * q + 1]);
-                    let c = _mm512_castps_pd(pairs[4 * q + 2]);
-                    let d = _mm512_castps_pd(pairs[4 * q + 3]);
-                    rows[4 * q] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-                    rows[4 * q + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-                    rows[4 * q + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-                    rows[4 * q + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-                }
-                for j in 0..4 {
-                    let low02 = _mm512_shuffle_f32x4::<0x88>(rows[j], rows[4 + j]);
-                    let low13 = _mm512_shuffle_f32x4::<0xdd>(rows[j], rows[4 + j]);
-                    let high02 = _mm512_shuffle_f32x4::<0x88>(rows[8 + j], rows[12 + j]);
-                    let high13 = _mm512_shuffle_f32x4::<0xdd>(rows[8 + j], rows[12 + j]);
-                    _mm512_storeu_ps(to.add(j * to_step), _mm512_shuffle_f32x4::<0x88>(low02, high02));
-                    _mm512_storeu_ps(to.add((4 + j) * to_step), _mm512_shuffle_f32x4::<0x88>(low13, high13));
-                    _mm512_storeu_ps(to.add((8 + j) * to_step), _mm512_shuffle_f32x4::<0xdd>(low02, high02));
-                    _mm512_storeu_ps(to.add((12 + j) * to_step), _mm512_shuffle_f32x4::<0xdd>(low13, high13));
+                for column in [0, 4, 8, 12] {
+                    let mut rows = [_mm512_setzero_ps(); 4];
+                    for (i, row) in rows.iter_mut().enumerate() {
+                        let at = from.add(i * from_step + column);
+                        let low = _mm512_castps128_ps512(_mm_loadu_ps(at));
+                        let low = _mm512_insertf32x4::<1>(low, _mm_loadu_ps(at.add(4 * from_step)));
+                        let low = _mm512_insertf32x4::<2>(low, _mm_loadu_ps(at.add(8 * from_step)));
+                        *row = _mm512_insertf32x4::<3>(low, _mm_loadu_ps(at.add(12 * from_step)));
+                    }
+                    let a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+                    let b = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+                    let c = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+                    let d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+                    let to = to.add(column * to_step);
+                    _mm512_storeu_ps(to, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+                    _mm512_storeu_ps(to.add(to_step), _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+                    _mm512_storeu_ps(to.add(2 * to_step), _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+                    _mm512_storeu_ps(to.add(3 * to_step), _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
                 }
             }
         }
@@ -559,7 +550,9 @@ mod x86 {
         unsafe fn transpose(self, from: *const f32, from_step: usize, to: *mut f32, to_step: usize) {
             for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
                 // SAFETY: see above: a quarter of what the caller promised.
-                unsafe { transpose8(from.add(i * from_step + j), from_step, to.add(j * to_step + i), to_step) };
+                unsafe {
+                    transpose8(from.add(i * from_step + j), from_step, to.add(j * to_step + i), to_step)
+                };
             }
         }
     }

@@ -60,7 +60,11 @@ impl Team {
         let workers = threads.saturating_sub(1);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            job: std::cell::UnsafeCell::new(Job { call: call::<fn(usize)>, data: std::ptr::null(), tasks: 0 }),
+            job: std::cell::UnsafeCell::new(Job {
+                call: call::<fn(usize)>,
+                data: std::ptr::null(),
+                tasks: 0,
+            }),
             next: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
@@ -70,7 +74,10 @@ impl Team {
             .filter_map(|index| {
                 let shared = Arc::clone(&shared);
                 // A thread that the system refuses is one worker less, no failure.
-                std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || shared.work(index)).ok()
+                std::thread::Builder::new()
+                    .name(format!("cpu-{index}"))
+                    .spawn(move || shared.work(index))
+                    .ok()
             })
             .collect();
         Team { shared, workers, busy: Mutex::new(()) }
@@ -152,7 +159,8 @@ impl Shared {
             let state = self.state.load(Ordering::SeqCst);
             let current = state / LOOP_ONE;
             if state & OPEN != 0 && current != last {
-                let join = self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed);
+                let join =
+                    self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed);
                 if join.is_ok() {
                     last = current;
                     self.take_part();

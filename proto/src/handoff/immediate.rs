@@ -26,11 +26,7 @@ impl Immediate {
     #[must_use]
     pub fn new(slot: SlotId, layer: LayerIdx, epoch: SlotEpoch) -> Immediate {
         debug_assert!(slot.0 < MAX_SLOTS && layer.0 < MAX_LAYERS);
-        Immediate {
-            slot,
-            layer,
-            epoch: epoch.0 as u8,
-        }
+        Immediate { slot, layer, epoch: epoch.0 as u8 }
     }
 
     /// As it travels.

@@ -172,12 +172,7 @@ impl Receiver {
             config,
             requests: BTreeMap::new(),
             early_offers: BTreeMap::new(),
-            slots: (0..slots)
-                .map(|_| Slot {
-                    epoch: SlotEpoch(0),
-                    lease: None,
-                })
-                .collect(),
+            slots: (0..slots).map(|_| Slot { epoch: SlotEpoch(0), lease: None }).collect(),
             free: (0..slots).map(SlotId).collect(),
             waiting: VecDeque::new(),
             severing: BTreeSet::new(),
@@ -223,19 +218,13 @@ impl Receiver {
         let immediate = Immediate::from_bits(bits);
         let current = self.slots.get_mut(immediate.slot.0 as usize).and_then(|slot| {
             let epoch = slot.epoch;
-            slot.lease
-                .as_mut()
-                .filter(|_| immediate.is_of(epoch))
-                .map(|held| (epoch, held))
+            slot.lease.as_mut().filter(|_| immediate.is_of(epoch)).map(|held| (epoch, held))
         });
         let Some((epoch, held)) = current else {
             self.stats.stale += 1;
             return;
         };
-        let incoming = self
-            .requests
-            .get(&held.request)
-            .filter(|incoming| incoming.from == from);
+        let incoming = self.requests.get(&held.request).filter(|incoming| incoming.from == from);
         let landed = held.landed.get_mut(immediate.layer.0 as usize);
         let (Some(incoming), Some(landed)) = (incoming, landed.filter(|landed| !**landed)) else {
             self.stats.stale += 1;
@@ -243,16 +232,8 @@ impl Receiver {
         };
         *landed = true;
         if incoming.phase == Phase::Landing {
-            let token = LeaseToken {
-                slot: immediate.slot,
-                epoch,
-                request: held.request,
-            };
-            let action = ReceiverAction::Scatter {
-                token,
-                chunk: held.chunk,
-                layer: immediate.layer,
-            };
+            let token = LeaseToken { slot: immediate.slot, epoch, request: held.request };
+            let action = ReceiverAction::Scatter { token, chunk: held.chunk, layer: immediate.layer };
             self.actions.push_back(action);
         }
     }
@@ -273,8 +254,7 @@ impl Receiver {
                     self.offered(now, from, request, tokens);
                 } else if self.early_offers.len() < self.config.max_early_offers {
                     let until = now.after_us(self.config.offer_timeout_us);
-                    self.early_offers
-                        .insert(request, EarlyOffer { from, tokens, until });
+                    self.early_offers.insert(request, EarlyOffer { from, tokens, until });
                 } else {
                     self.send(from, Handoff::Cancel { request });
                 }
@@ -316,9 +296,7 @@ impl Receiver {
         if incoming.held.is_empty() {
             self.requests.remove(&request);
         } else {
-            incoming.phase = Phase::Fencing {
-                until: now.after_us(self.config.fence_timeout_us),
-            };
+            incoming.phase = Phase::Fencing { until: now.after_us(self.config.fence_timeout_us) };
         }
         self.waiting.retain(|waiting| *waiting != request);
         if offered {
@@ -330,11 +308,7 @@ impl Receiver {
     pub fn peer_lost(&mut self, now: Time, peer: NodeId, why: &str) {
         self.early_offers.retain(|_, offer| offer.from != peer);
         for request in self.requests_of(peer) {
-            self.give_up(
-                now,
-                request,
-                Some(RequestError::PeerLost(format!("prefill node {peer}: {why}"))),
-            );
+            self.give_up(now, request, Some(RequestError::PeerLost(format!("prefill node {peer}: {why}"))));
         }
         // What is left holds slots, and nobody is there to answer for them.
         if !self.requests_of(peer).is_empty() {
@@ -346,10 +320,7 @@ impl Receiver {
     pub fn severed(&mut self, peer: NodeId) {
         self.severing.remove(&peer);
         for request in self.requests_of(peer) {
-            self.end(
-                request,
-                Some(RequestError::PeerLost(format!("prefill node {peer} was severed"))),
-            );
+            self.end(request, Some(RequestError::PeerLost(format!("prefill node {peer} was severed"))));
         }
     }
 
@@ -388,14 +359,8 @@ impl Receiver {
     /// When [`Receiver::tick`] has something to do next.
     #[must_use]
     pub fn next_timeout(&self) -> Option<Time> {
-        let waiting = self
-            .requests
-            .values()
-            .filter(|incoming| !self.severing.contains(&incoming.from));
-        waiting
-            .map(Incoming::due)
-            .chain(self.early_offers.values().map(|offer| offer.until))
-            .min()
+        let waiting = self.requests.values().filter(|incoming| !self.severing.contains(&incoming.from));
+        waiting.map(Incoming::due).chain(self.early_offers.values().map(|offer| offer.until)).min()
     }
 
     /// What the node has to do next.
@@ -445,26 +410,18 @@ impl Receiver {
     }
 
     fn is_from(&self, request: RequestId, from: NodeId) -> bool {
-        self.requests
-            .get(&request)
-            .is_some_and(|incoming| incoming.from == from)
+        self.requests.get(&request).is_some_and(|incoming| incoming.from == from)
     }
 
     fn requests_of(&self, peer: NodeId) -> Vec<RequestId> {
-        self.requests
-            .iter()
-            .filter(|(_, i)| i.from == peer)
-            .map(|(request, _)| *request)
-            .collect()
+        self.requests.iter().filter(|(_, i)| i.from == peer).map(|(request, _)| *request).collect()
     }
 
     /// The slot's lease, if it is still this one.
     fn held_mut(&mut self, token: LeaseToken) -> Option<&mut Held> {
         let slot = self.slots.get_mut(token.slot.0 as usize)?;
         let current = slot.epoch == token.epoch;
-        slot.lease
-            .as_mut()
-            .filter(|held| current && held.request == token.request)
+        slot.lease.as_mut().filter(|held| current && held.request == token.request)
     }
 
     fn offered(&mut self, now: Time, from: NodeId, request: RequestId, tokens: u32) {
@@ -506,19 +463,11 @@ impl Receiver {
                 });
                 incoming.held.insert(id);
                 incoming.granted += 1;
-                leases.push((
-                    chunk,
-                    LeaseToken {
-                        slot: id,
-                        epoch: slot.epoch,
-                        request,
-                    },
-                ));
+                leases.push((chunk, LeaseToken { slot: id, epoch: slot.epoch, request }));
             }
             let (to, more) = (incoming.from, incoming.granted < chunks);
             if !leases.is_empty() {
-                self.actions
-                    .push_back(ReceiverAction::Grant { to, request, leases });
+                self.actions.push_back(ReceiverAction::Grant { to, request, leases });
             }
             if more && self.free.is_empty() {
                 return;
@@ -533,11 +482,7 @@ impl Receiver {
         let layers = self.shape.layers as usize;
         let Some(held) = self.held_mut(token) else { return };
         if digests.len() != layers {
-            let why = format!(
-                "chunk {} has {} digests for {layers} layers",
-                held.chunk,
-                digests.len()
-            );
+            let why = format!("chunk {} has {} digests for {layers} layers", held.chunk, digests.len());
             self.give_up(now, token.request, Some(RequestError::Internal(why)));
             return;
         }
@@ -559,10 +504,8 @@ impl Receiver {
         let Some(held) = self.held_mut(token) else { return };
         let Some(sent) = &held.sent else { return };
         let chunk = held.chunk;
-        let differs = sent
-            .iter()
-            .zip(&held.digests)
-            .position(|(sent, got)| got.is_some_and(|got| got != *sent));
+        let differs =
+            sent.iter().zip(&held.digests).position(|(sent, got)| got.is_some_and(|got| got != *sent));
         if let Some(layer) = differs {
             self.stats.corrupt += 1;
             let why =
@@ -618,11 +561,7 @@ impl Receiver {
     fn free_slot(&mut self, id: SlotId) {
         let slot = &mut self.slots[id.0 as usize];
         let held = slot.lease.take().expect("only leased slots are freed");
-        let token = LeaseToken {
-            slot: id,
-            epoch: slot.epoch,
-            request: held.request,
-        };
+        let token = LeaseToken { slot: id, epoch: slot.epoch, request: held.request };
         if let Some(incoming) = self.requests.get_mut(&held.request) {
             incoming.held.remove(&id);
         }

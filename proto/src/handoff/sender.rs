@@ -13,9 +13,7 @@ pub struct SenderConfig {
 
 impl Default for SenderConfig {
     fn default() -> Self {
-        SenderConfig {
-            drain_timeout_us: 2_000_000,
-        }
+        SenderConfig { drain_timeout_us: 2_000_000 }
     }
 }
 
@@ -128,10 +126,7 @@ impl Sender {
     pub fn begin(&mut self, request: RequestId, to: NodeId, tokens: u32, deadline: Time) {
         if self.severing.contains(&to) {
             let error = RequestError::PeerLost(format!("decode node {to} is being severed"));
-            self.actions.push_back(SenderAction::Release {
-                request,
-                outcome: Err(Some(error)),
-            });
+            self.actions.push_back(SenderAction::Release { request, outcome: Err(Some(error)) });
             return;
         }
         let chunks = (0..self.shape.chunks(tokens))
@@ -144,15 +139,8 @@ impl Sender {
                 digests: vec![0; self.shape.layers as usize],
             })
             .collect();
-        let outgoing = Outgoing {
-            to,
-            deadline,
-            chunks,
-            in_flight: 0,
-            chunks_done: 0,
-            first: None,
-            draining: None,
-        };
+        let outgoing =
+            Outgoing { to, deadline, chunks, in_flight: 0, chunks_done: 0, first: None, draining: None };
         let before = self.requests.insert(request, outgoing);
         debug_assert!(before.is_none(), "{request:?} was begun twice");
         self.send(to, Handoff::Offer { request, tokens });
@@ -236,10 +224,8 @@ impl Sender {
         }
         outgoing.chunks_done += 1;
         if let Some(lease) = state.lease {
-            let message = Handoff::ChunkDone {
-                token: lease.token,
-                digests: std::mem::take(&mut state.digests),
-            };
+            let message =
+                Handoff::ChunkDone { token: lease.token, digests: std::mem::take(&mut state.digests) };
             let to = outgoing.to;
             self.send(to, message);
         }
@@ -262,10 +248,7 @@ impl Sender {
             return;
         };
         if outgoing.draining.is_none() {
-            outgoing.draining = Some(Draining {
-                until: now.after_us(self.config.drain_timeout_us),
-                error,
-            });
+            outgoing.draining = Some(Draining { until: now.after_us(self.config.drain_timeout_us), error });
         }
         self.release_if_drained(request);
     }
@@ -274,11 +257,7 @@ impl Sender {
     pub fn message(&mut self, now: Time, from: NodeId, message: Handoff) {
         match message {
             Handoff::Grant { request, leases } => {
-                if !self
-                    .requests
-                    .get(&request)
-                    .is_some_and(|outgoing| outgoing.to == from)
-                {
+                if !self.requests.get(&request).is_some_and(|outgoing| outgoing.to == from) {
                     // Over already, or never begun: nothing was or will be written under these leases.
                     self.send(from, Handoff::Fenced { request, error: None });
                     return;
@@ -288,11 +267,7 @@ impl Sender {
                 }
             }
             Handoff::Cancel { request } => {
-                if self
-                    .requests
-                    .get(&request)
-                    .is_some_and(|outgoing| outgoing.to == from)
-                {
+                if self.requests.get(&request).is_some_and(|outgoing| outgoing.to == from) {
                     self.give_up(now, request, None);
                 } else {
                     self.send(from, Handoff::Fenced { request, error: None });
@@ -335,17 +310,8 @@ impl Sender {
                 || Some(RequestError::PeerLost(format!("decode node {peer} was severed"))),
                 |draining| draining.error,
             );
-            self.send(
-                peer,
-                Handoff::Fenced {
-                    request,
-                    error: error.clone(),
-                },
-            );
-            self.actions.push_back(SenderAction::Release {
-                request,
-                outcome: Err(error),
-            });
+            self.send(peer, Handoff::Fenced { request, error: error.clone() });
+            self.actions.push_back(SenderAction::Release { request, outcome: Err(error) });
         }
     }
 
@@ -370,10 +336,7 @@ impl Sender {
     /// When [`Sender::tick`] has something to do next.
     #[must_use]
     pub fn next_timeout(&self) -> Option<Time> {
-        let waiting = self
-            .requests
-            .values()
-            .filter(|outgoing| !self.severing.contains(&outgoing.to));
+        let waiting = self.requests.values().filter(|outgoing| !self.severing.contains(&outgoing.to));
         waiting.map(Outgoing::due).min()
     }
 
@@ -409,10 +372,7 @@ impl Sender {
         for lease in leases {
             let chunk = lease.chunk;
             let Some(state) = outgoing.chunks.get_mut(chunk.0 as usize) else {
-                return Err(format!(
-                    "decode node granted chunk {chunk} of {}",
-                    outgoing.chunks.len()
-                ));
+                return Err(format!("decode node granted chunk {chunk} of {}", outgoing.chunks.len()));
             };
             let bytes = self.shape.packed_bytes(state.tokens) as u64;
             if lease.token.request != request
@@ -448,10 +408,7 @@ impl Sender {
         let to = outgoing.to;
         self.requests.remove(&request);
         self.send(to, Handoff::Done { request, first });
-        self.actions.push_back(SenderAction::Release {
-            request,
-            outcome: Ok(()),
-        });
+        self.actions.push_back(SenderAction::Release { request, outcome: Ok(()) });
     }
 
     fn release_if_drained(&mut self, request: RequestId) {
@@ -463,25 +420,14 @@ impl Sender {
         }
         let outgoing = self.requests.remove(&request).expect("just found");
         let error = outgoing.draining.and_then(|draining| draining.error);
-        self.send(
-            outgoing.to,
-            Handoff::Fenced {
-                request,
-                error: error.clone(),
-            },
-        );
-        self.actions.push_back(SenderAction::Release {
-            request,
-            outcome: Err(error),
-        });
+        self.send(outgoing.to, Handoff::Fenced { request, error: error.clone() });
+        self.actions.push_back(SenderAction::Release { request, outcome: Err(error) });
     }
 }
 
 impl Outgoing {
     /// When it has to be over, or drained.
     fn due(&self) -> Time {
-        self.draining
-            .as_ref()
-            .map_or(self.deadline, |draining| draining.until)
+        self.draining.as_ref().map_or(self.deadline, |draining| draining.until)
     }
 }

@@ -1,10 +1,10 @@
 //! `POST /v1/chat/completions`.
 
+use super::ApiError;
 use super::fields::{Fields, wrong};
 use super::logprobs::ChatLogprobs;
 use super::params::{Params, model, top_logprobs};
 use super::usage::Usage;
-use super::ApiError;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tandem_text::ChatInput;
@@ -72,7 +72,9 @@ pub(super) fn input(fields: &Fields<'_>) -> Result<ChatInput, ApiError> {
     Ok(ChatInput {
         messages: messages.collect::<Result<_, _>>()?,
         tools: None,
-        documents: fields.array("documents", MAX_DOCUMENTS)?.map(|documents| Value::Array(documents.to_vec())),
+        documents: fields
+            .array("documents", MAX_DOCUMENTS)?
+            .map(|documents| Value::Array(documents.to_vec())),
         add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
         continue_final_message,
         kwargs: fields.object("chat_template_kwargs")?.map(|kwargs| kwargs.map().clone()).unwrap_or_default(),
@@ -84,7 +86,8 @@ fn read_message(index: usize, value: &Value) -> Result<Value, ApiError> {
     let path = format!("messages[{index}]");
     let fields = Fields::at(path.clone(), value)?;
     let role = fields.string("role")?;
-    let role = role.ok_or_else(|| ApiError::field(format!("{path}.role"), format!("'{path}.role' is missing.")))?;
+    let role =
+        role.ok_or_else(|| ApiError::field(format!("{path}.role"), format!("'{path}.role' is missing.")))?;
     if !ROLES.contains(&role) {
         let message = format!("'{path}.role' is \"{role}\"; it must be one of {}.", ROLES.join(", "));
         return Err(ApiError::field(format!("{path}.role"), message));
@@ -118,13 +121,20 @@ fn join_parts(fields: &Fields<'_>, path: &str) -> Result<String, ApiError> {
         match part.string("type")? {
             Some("text" | "input_text" | "output_text") => match part.string("text")? {
                 Some(text) => texts.push(text),
-                None => return Err(ApiError::field(format!("{path}.text"), format!("'{path}.text' is missing."))),
+                None => {
+                    return Err(ApiError::field(
+                        format!("{path}.text"),
+                        format!("'{path}.text' is missing."),
+                    ));
+                }
             },
             Some(kind) => {
                 let message = format!("'{path}' is of type \"{kind}\"; this model reads text alone.");
                 return Err(ApiError::unsupported(path, message));
             }
-            None => return Err(ApiError::field(format!("{path}.type"), format!("'{path}.type' is missing."))),
+            None => {
+                return Err(ApiError::field(format!("{path}.type"), format!("'{path}.type' is missing.")));
+            }
         }
     }
     Ok(texts.join("\n"))
@@ -134,7 +144,8 @@ fn join_parts(fields: &Fields<'_>, path: &str) -> Result<String, ApiError> {
 fn parse_arguments(calls: &mut Value) {
     for call in calls.as_array_mut().into_iter().flatten() {
         if let Some(arguments) = call.pointer_mut("/function/arguments")
-            && let Some(object) = arguments.as_str().and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok())
+            && let Some(object) =
+                arguments.as_str().and_then(|text| serde_json::from_str::<Map<_, _>>(text).ok())
         {
             *arguments = Value::Object(object);
         }
@@ -149,13 +160,15 @@ fn refuse_tools(fields: &Fields<'_>) -> Result<(), ApiError> {
         None => {}
         Some(Value::String(choice)) if choice == "auto" => {}
         Some(Value::String(_) | Value::Object(_)) => {
-            let message = "This server does not parse tool calls; 'tool_choice' must be \"none\" or left out.";
+            let message =
+                "This server does not parse tool calls; 'tool_choice' must be \"none\" or left out.";
             return Err(ApiError::unsupported("tool_choice", message));
         }
         Some(other) => return Err(wrong("tool_choice", other, "a string or an object")),
     }
     if offered {
-        let message = "This server does not parse tool calls; leave 'tools' out, or set 'tool_choice' to \"none\".";
+        let message =
+            "This server does not parse tool calls; leave 'tools' out, or set 'tool_choice' to \"none\".";
         return Err(ApiError::unsupported("tools", message));
     }
     Ok(())

@@ -71,7 +71,8 @@ impl CompletionRequest {
         }
         let echo = fields.flag("echo")?.unwrap_or(false);
         if echo && params.top_logprobs.is_some() {
-            let message = "'echo' together with 'logprobs' is not supported: prompts have no log probabilities here.";
+            let message =
+                "'echo' together with 'logprobs' is not supported: prompts have no log probabilities here.";
             return Err(ApiError::unsupported("echo", message));
         }
         Ok(CompletionRequest {
@@ -104,7 +105,10 @@ fn prompts(fields: &Fields<'_>, vocab: u32) -> Result<Vec<Prompt>, ApiError> {
                     let content = match item {
                         Value::String(text) => PromptContent::Text(text.clone()),
                         Value::Array(tokens) if tokens.len() > MAX_PROMPT_TOKENS => {
-                            let message = format!("'{path}' has {} tokens; {MAX_PROMPT_TOKENS} are allowed.", tokens.len());
+                            let message = format!(
+                                "'{path}' has {} tokens; {MAX_PROMPT_TOKENS} are allowed.",
+                                tokens.len()
+                            );
                             return Err(ApiError::field(path, message));
                         }
                         Value::Array(tokens) => PromptContent::Tokens(token_ids(&path, tokens, vocab)?),

@@ -65,7 +65,8 @@ impl ApiError {
     /// No model of that name.
     #[must_use]
     pub fn unknown_model(name: &str, served: &[String]) -> ApiError {
-        let message = format!("The model `{name}` does not exist here; this server has `{}`.", served.join("`, `"));
+        let message =
+            format!("The model `{name}` does not exist here; this server has `{}`.", served.join("`, `"));
         ApiError {
             status: 404,
             param: Some("model".into()),
@@ -121,13 +122,23 @@ impl ApiError {
     /// Not done in time.
     #[must_use]
     pub fn deadline(message: impl Into<String>) -> ApiError {
-        ApiError { status: 504, kind: "server_error", code: Some("deadline_exceeded"), ..ApiError::invalid(message) }
+        ApiError {
+            status: 504,
+            kind: "server_error",
+            code: Some("deadline_exceeded"),
+            ..ApiError::invalid(message)
+        }
     }
 
     /// Something that should not happen did.
     #[must_use]
     pub fn internal(message: impl Into<String>) -> ApiError {
-        ApiError { status: 500, kind: "server_error", code: Some("internal_error"), ..ApiError::invalid(message) }
+        ApiError {
+            status: 500,
+            kind: "server_error",
+            code: Some("internal_error"),
+            ..ApiError::invalid(message)
+        }
     }
 
     /// The envelope.

@@ -96,7 +96,9 @@ pub(crate) fn integer(path: &str, value: &Value, range: RangeInclusive<i64>) -> 
             within(path, number, &range)?;
             Ok(number)
         }
-        None if value.is_number() => Err(ApiError::field(path, format!("'{path}' is {value}; it must be a whole number."))),
+        None if value.is_number() => {
+            Err(ApiError::field(path, format!("'{path}' is {value}; it must be a whole number.")))
+        }
         None => Err(wrong(path, value, "an integer")),
     }
 }

@@ -17,8 +17,18 @@ const MAX_STOP_TOKENS: usize = MAX_TOKEN_LIST / 2;
 
 /// Fields that would change the output, on any endpoint, and that no node here supports.
 const UNSUPPORTED: [&str; 12] = [
-    "functions", "function_call", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "structured_outputs", "prompt_logprobs", "allowed_token_ids", "bad_words", "audio", "prediction",
+    "functions",
+    "function_call",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "prompt_logprobs",
+    "allowed_token_ids",
+    "bad_words",
+    "audio",
+    "prediction",
 ];
 
 /// A request's choices; `None` means that the model's own default applies.
@@ -68,7 +78,11 @@ pub struct Params {
 
 impl Params {
     /// Reads everything but log probabilities, which differ between the endpoints.
-    pub(crate) fn read(fields: &Fields<'_>, max_tokens_fields: &[&'static str], vocab: u32) -> Result<Params, ApiError> {
+    pub(crate) fn read(
+        fields: &Fields<'_>,
+        max_tokens_fields: &[&'static str],
+        vocab: u32,
+    ) -> Result<Params, ApiError> {
         refuse_unsupported(fields)?;
         let mut max_tokens = None;
         let mut max_tokens_field = max_tokens_fields[0];
@@ -82,7 +96,10 @@ impl Params {
         let stream = fields.flag("stream")?.unwrap_or(false);
         let options = fields.object("stream_options")?;
         if options.is_some() && !stream {
-            return Err(ApiError::field("stream_options", "'stream_options' is only allowed when 'stream' is true."));
+            return Err(ApiError::field(
+                "stream_options",
+                "'stream_options' is only allowed when 'stream' is true.",
+            ));
         }
         let include_usage = options.map(|options| options.flag("include_usage")).transpose()?.flatten();
         Ok(Params {
@@ -181,7 +198,8 @@ fn stops(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     };
     for (path, stop) in &stops {
         if stop.is_empty() || stop.len() > MAX_STOP_BYTES {
-            let message = format!("'{path}' has {} bytes; it must have from 1 to {MAX_STOP_BYTES}.", stop.len());
+            let message =
+                format!("'{path}' has {} bytes; it must have from 1 to {MAX_STOP_BYTES}.", stop.len());
             return Err(ApiError::field(path, message));
         }
     }
@@ -199,7 +217,10 @@ fn biases(fields: &Fields<'_>, vocab: u32) -> Result<Vec<(TokenId, f32)>, ApiErr
         let token = key.parse().ok().filter(|token| *token < vocab);
         let unknown = || {
             let path = format!("logit_bias.{key}");
-            ApiError::field(&path, format!("'{path}' names no token; tokens are numbers from 0 to {}.", vocab - 1))
+            ApiError::field(
+                &path,
+                format!("'{path}' names no token; tokens are numbers from 0 to {}.", vocab - 1),
+            )
         };
         let token = TokenId(token.ok_or_else(unknown)?);
         Ok((token, biases.number(key, -100.0..=100.0)?.unwrap_or(0.0)))

@@ -40,7 +40,9 @@ impl Usage {
         Usage::new(
             self.prompt_tokens.saturating_add(other.prompt_tokens),
             self.completion_tokens.saturating_add(other.completion_tokens),
-            self.prompt_tokens_details.cached_tokens.saturating_add(other.prompt_tokens_details.cached_tokens),
+            self.prompt_tokens_details
+                .cached_tokens
+                .saturating_add(other.prompt_tokens_details.cached_tokens),
         )
     }
 }

@@ -81,33 +81,24 @@ impl Cluster for SimCluster {
                 return Ok(());
             }
             Message::Handoff(Handoff::Cancel { request }) if self.broken == Some(Break::SlotFreedEarly) => {
-                let fenced = Message::Handoff(Handoff::Fenced {
-                    request: *request,
-                    error: None,
-                });
-                let event = NodeEvent::Message {
-                    from: to,
-                    message: fenced,
-                };
+                let fenced = Message::Handoff(Handoff::Fenced { request: *request, error: None });
+                let event = NodeEvent::Message { from: to, message: fenced };
                 lock(&self.seen).injected.push((self.node, event));
             }
             Message::Handoff(Handoff::Grant { leases, .. }) => {
                 let mut seen = lock(&self.seen);
                 for lease in leases {
-                    seen.epochs
-                        .insert((self.node, lease.token.slot), lease.token.epoch);
+                    seen.epochs.insert((self.node, lease.token.slot), lease.token.epoch);
                 }
             }
             _ => {}
         }
         let frame = wire::encode(message).map_err(|error| SendError::Unsendable(error.to_string()))?;
-        self.network
-            .send(self.node, to, lane(message), frame)
-            .map_err(|error| match error {
-                control::SendError::NotConnected { .. } => SendError::NotConnected,
-                control::SendError::Backlogged { .. } => SendError::Backlogged,
-                error => SendError::Unsendable(error.to_string()),
-            })
+        self.network.send(self.node, to, lane(message), frame).map_err(|error| match error {
+            control::SendError::NotConnected { .. } => SendError::NotConnected,
+            control::SendError::Backlogged { .. } => SendError::Backlogged,
+            error => SendError::Unsendable(error.to_string()),
+        })
     }
 
     fn dial(&self, peer: NodeId, _: SocketAddr) {
@@ -183,11 +174,7 @@ impl WatchedTransport {
                 event => events.push(event),
             }
         }
-        events.extend(
-            self.held
-                .extract_if(.., |(polls, _, _)| *polls == 0)
-                .map(|(_, _, event)| event),
-        );
+        events.extend(self.held.extract_if(.., |(polls, _, _)| *polls == 0).map(|(_, _, event)| event));
         if !self.held.is_empty() {
             lock(&self.seen).poked.push(self.node);
         }
@@ -198,11 +185,7 @@ impl WatchedTransport {
 pub fn claim_landed(made_up: &Mutex<Vec<Event>>, peer: NodeId, token: LeaseToken) {
     let claims = (0..SHAPE.layers).map(|layer| {
         let immediate = Immediate::new(token.slot, LayerIdx(layer), token.epoch).to_bits();
-        Event::Landed {
-            peer,
-            immediate,
-            len: 0,
-        }
+        Event::Landed { peer, immediate, len: 0 }
     });
     made_up.lock().expect("one thread").extend(claims);
 }
@@ -248,10 +231,7 @@ impl Transport for WatchedTransport {
         let ticket = write.ticket;
         self.inner.submit(peer, write)?;
         if self.broken == Some(Break::DoneBeforeAllBytes) {
-            self.made_up
-                .lock()
-                .expect("one thread")
-                .push(Event::Sent { peer, ticket });
+            self.made_up.lock().expect("one thread").push(Event::Sent { peer, ticket });
             lock(&self.seen).poked.push(self.node);
         }
         Ok(())
@@ -264,10 +244,7 @@ impl Transport for WatchedTransport {
         let mut seen = lock(&self.seen);
         for event in &mut events[start..] {
             match event {
-                Event::Failed {
-                    reason: FailReason::Refused,
-                    ..
-                } => seen.refused.push(self.node),
+                Event::Failed { reason: FailReason::Refused, .. } => seen.refused.push(self.node),
                 Event::Severed { peer, .. } => self.left_open.retain(|_, (of, _)| of != peer),
                 Event::Landed { immediate, .. } if self.broken == Some(Break::StaleEpochAccepted) => {
                     let said = Immediate::from_bits(*immediate);
@@ -280,22 +257,11 @@ impl Transport for WatchedTransport {
         }
         if self.broken == Some(Break::DoneBeforeAllBytes) {
             let late = |event: &Event| {
-                matches!(
-                    event,
-                    Event::Sent { .. }
-                        | Event::Failed {
-                            reason: FailReason::Refused,
-                            ..
-                        }
-                )
+                matches!(event, Event::Sent { .. } | Event::Failed { reason: FailReason::Refused, .. })
             };
             let mut at = start;
             while at < events.len() {
-                if late(&events[at]) {
-                    drop(events.remove(at))
-                } else {
-                    at += 1
-                }
+                if late(&events[at]) { drop(events.remove(at)) } else { at += 1 }
             }
         }
         events.append(&mut self.made_up.lock().expect("one thread"));

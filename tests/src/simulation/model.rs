@@ -10,14 +10,8 @@ use tandem_proto::layout::{KvDtype, KvShape};
 pub const VOCAB: u32 = 61;
 
 /// Small enough that thousands of runs take seconds; every dimension is more than one.
-pub const SHAPE: KvShape = KvShape {
-    layers: 3,
-    kv_heads: 2,
-    head_dim: 2,
-    page_tokens: 4,
-    chunk_tokens: 8,
-    dtype: KvDtype::F32,
-};
+pub const SHAPE: KvShape =
+    KvShape { layers: 3, kv_heads: 2, head_dim: 2, page_tokens: 4, chunk_tokens: 8, dtype: KvDtype::F32 };
 
 const ROW_BYTES: usize = 8;
 
@@ -30,11 +24,7 @@ fn mix(a: u64, b: u64) -> u64 {
 
 /// One row of KV at the position whose chain is `chain`.
 fn row(chain: u64, layer: u32, head: u32, value: bool) -> [u8; ROW_BYTES] {
-    mix(
-        chain,
-        u64::from(layer) << 2 | u64::from(head) << 1 | u64::from(value),
-    )
-    .to_le_bytes()
+    mix(chain, u64::from(layer) << 2 | u64::from(head) << 1 | u64::from(value)).to_le_bytes()
 }
 
 /// Visits the rows of one position in a fixed order.
@@ -106,11 +96,7 @@ fn place(pages: &[PageId], position: u32) -> (PageId, std::ops::Range<usize>) {
 
 fn read(kv: &KvPages, pages: &[PageId], position: u32, (layer, head, value): (u32, u32, bool)) -> u64 {
     let (page, at) = place(pages, position);
-    u64::from_le_bytes(
-        kv.head(LayerIdx(layer), page, head, value)[at]
-            .try_into()
-            .expect("a row"),
-    )
+    u64::from_le_bytes(kv.head(LayerIdx(layer), page, head, value)[at].try_into().expect("a row"))
 }
 
 impl Engine for ChainEngine {

@@ -62,10 +62,7 @@ impl Requests {
         decode: NodeId,
     ) {
         let request = RequestId(self.made.len() as u128 + 1);
-        let sampling = SamplingParams {
-            temperature: 0.0,
-            ..SamplingParams::default()
-        };
+        let sampling = SamplingParams { temperature: 0.0, ..SamplingParams::default() };
         let generation = Generation {
             sampling,
             choices: plan.choices,
@@ -125,10 +122,7 @@ impl Requests {
 
     /// Ends all requests of a node that is gone.
     pub fn node_lost(&mut self, node: NodeId, network: &SimNetwork, router: NodeId) {
-        let of_node = self
-            .made
-            .iter()
-            .filter(|(_, made)| made.prefill == node || made.decode == node);
+        let of_node = self.made.iter().filter(|(_, made)| made.prefill == node || made.decode == node);
         for request in of_node.map(|(request, _)| *request).collect::<Vec<_>>() {
             self.end(request, End::Lost, network, router);
         }
@@ -141,18 +135,9 @@ impl Requests {
                     self.tokens(request, choice, 0, &[token], None);
                 }
             }
-            Message::Tokens(Tokens {
-                request,
-                choice,
-                start,
-                tokens,
-                finish,
-            }) => {
+            Message::Tokens(Tokens { request, choice, start, tokens, finish }) => {
                 self.tokens(request, choice.0 as usize, start as usize, &tokens, finish);
-                if self
-                    .made
-                    .get(&request)
-                    .is_some_and(|made| made.finished.iter().all(|finished| *finished))
+                if self.made.get(&request).is_some_and(|made| made.finished.iter().all(|finished| *finished))
                 {
                     self.end(request, End::Complete, network, router);
                 }
@@ -175,10 +160,8 @@ impl Requests {
         };
         let got = &mut made.got[choice];
         if start > got.len() {
-            self.violations.push(format!(
-                "{request:?} choice {choice}: tokens {}..{start} never came",
-                got.len()
-            ));
+            self.violations
+                .push(format!("{request:?} choice {choice}: tokens {}..{start} never came", got.len()));
             return;
         }
         for (index, sampled) in (start..).zip(tokens) {
@@ -197,10 +180,8 @@ impl Requests {
         if finish.is_some() {
             made.finished[choice] = true;
             if got.len() != made.plan.max_tokens as usize {
-                self.violations.push(format!(
-                    "{request:?} choice {choice} finished after {} tokens",
-                    got.len()
-                ));
+                self.violations
+                    .push(format!("{request:?} choice {choice} finished after {} tokens", got.len()));
             }
         }
     }
@@ -208,9 +189,7 @@ impl Requests {
 
 fn tell(network: &SimNetwork, router: NodeId, node: NodeId, message: &Message) -> bool {
     let frame = tandem_proto::wire::encode(message).expect("within bounds");
-    network
-        .send(router, node, tandem_node::lane(message), frame)
-        .is_ok()
+    network.send(router, node, tandem_node::lane(message), frame).is_ok()
 }
 
 /// A prompt that shares its beginning with others of its family.
@@ -221,15 +200,6 @@ pub fn prompt(family: u64, len: u32, differs_from: u32) -> Vec<TokenId> {
         TokenId(((mixed >> 33) % u64::from(VOCAB)) as u32)
     };
     (0..len)
-        .map(|at| {
-            token(
-                at,
-                if at < differs_from {
-                    family
-                } else {
-                    family + u64::from(differs_from) * 31
-                },
-            )
-        })
+        .map(|at| token(at, if at < differs_from { family } else { family + u64::from(differs_from) * 31 }))
         .collect()
 }

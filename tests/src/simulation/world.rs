@@ -38,17 +38,8 @@ impl Weather {
     /// has crashes, partitions and broken connections, and one flips bits.
     #[must_use]
     pub fn of(seed: u64) -> Weather {
-        let fair = SimConfig {
-            write_limit: 8,
-            detect_us: 450_000..=900_000,
-            ..SimConfig::default()
-        };
-        let rough = SimConfig {
-            loss: 0.02,
-            stall: 0.005,
-            latency_us: 20..=3_000,
-            ..fair.clone()
-        };
+        let fair = SimConfig { write_limit: 8, detect_us: 450_000..=900_000, ..SimConfig::default() };
+        let rough = SimConfig { loss: 0.02, stall: 0.005, latency_us: 20..=3_000, ..fair.clone() };
         let calm = Weather {
             network: fair,
             cancels: false,
@@ -56,31 +47,18 @@ impl Weather {
             partitions: false,
             late_completions: false,
         };
-        let restless = Weather {
-            network: rough.clone(),
-            cancels: true,
-            late_completions: true,
-            ..calm.clone()
-        };
+        let restless =
+            Weather { network: rough.clone(), cancels: true, late_completions: true, ..calm.clone() };
         match seed % 4 {
             0 => calm,
             1 => restless,
             2 => Weather {
-                network: SimConfig {
-                    break_connection: 0.002,
-                    ..rough
-                },
+                network: SimConfig { break_connection: 0.002, ..rough },
                 crashes: true,
                 partitions: true,
                 ..restless
             },
-            _ => Weather {
-                network: SimConfig {
-                    corrupt: 0.002,
-                    ..rough
-                },
-                ..restless
-            },
+            _ => Weather { network: SimConfig { corrupt: 0.002, ..rough }, ..restless },
         }
     }
 
@@ -208,10 +186,7 @@ impl World {
                 prefill_node::Outbound::new(clock, cluster, inbox, Box::new(transport), SHAPE, staging)
                     .expect("memory");
             let step_tokens = SHAPE.chunk_tokens * self.rng.between(1, 4) as u32;
-            let limits = prefill_node::Limits {
-                step_tokens,
-                max_waiting: 64,
-            };
+            let limits = prefill_node::Limits { step_tokens, max_waiting: 64 };
             Kind::Prefill(prefill_node::Node::new(engine, kv, outbound, limits))
         } else {
             let pages = self.rng.between(45, 90) as u32;
@@ -220,23 +195,11 @@ impl World {
             let inbound =
                 decode_node::Inbound::new(clock, cluster, inbox, Box::new(transport), SHAPE, landing)
                     .expect("memory");
-            let limits = decode_node::Limits {
-                max_requests: 64,
-                max_batch: self.rng.between(2, 9) as usize,
-            };
+            let limits = decode_node::Limits { max_requests: 64, max_batch: self.rng.between(2, 9) as usize };
             Kind::Decode(decode_node::Node::new(engine, kv, inbound, limits))
         };
         let now = self.network.now();
-        self.actors.insert(
-            node,
-            Actor {
-                kind,
-                inbox: sender,
-                made_up,
-                wake: Some(now),
-                busy_until: now,
-            },
-        );
+        self.actors.insert(node, Actor { kind, inbox: sender, made_up, wake: Some(now), busy_until: now });
         self.network.connect_control(node, ROUTER);
     }
 
@@ -245,11 +208,8 @@ impl World {
         let mut at = Time(20_000);
         let bursts = self.rng.chance(0.5);
         for _ in 0..self.rng.between(8, 30) {
-            at = at.after_us(if bursts && self.rng.chance(0.8) {
-                50
-            } else {
-                self.rng.between(100, 150_000)
-            });
+            at =
+                at.after_us(if bursts && self.rng.chance(0.8) { 50 } else { self.rng.between(100, 150_000) });
             let len = match self.rng.between(0, 3) {
                 0 => self.rng.between(1, 9),
                 1 => self.rng.between(1, 40),
@@ -265,21 +225,11 @@ impl World {
                 cancel_at: cancels.then(|| at.after_us(self.rng.between(0, 60_000))),
             });
         }
-        for _ in 0..if self.weather.crashes {
-            self.rng.between(0, 3)
-        } else {
-            0
-        } {
-            self.faults
-                .push((Time(self.rng.between(20_000, at.0 + 500_000)), Fault::Crash));
+        for _ in 0..if self.weather.crashes { self.rng.between(0, 3) } else { 0 } {
+            self.faults.push((Time(self.rng.between(20_000, at.0 + 500_000)), Fault::Crash));
         }
-        for _ in 0..if self.weather.partitions {
-            self.rng.between(0, 3)
-        } else {
-            0
-        } {
-            self.faults
-                .push((Time(self.rng.between(20_000, at.0 + 500_000)), Fault::Partition));
+        for _ in 0..if self.weather.partitions { self.rng.between(0, 3) } else { 0 } {
+            self.faults.push((Time(self.rng.between(20_000, at.0 + 500_000)), Fault::Partition));
         }
         self.plans.sort_by_key(|plan| std::cmp::Reverse(plan.at));
         self.sort_faults();
@@ -317,15 +267,10 @@ impl World {
 
     /// When something happens next; a little later than now at least.
     fn next_moment(&self, now: Time) -> Time {
-        let nodes = self
-            .actors
-            .values()
-            .filter_map(|actor| actor.wake.map(|wake| wake.max(actor.busy_until)));
-        let busy = self
-            .actors
-            .iter()
-            .filter(|(node, _)| self.network.has_events(**node))
-            .map(|(_, a)| a.busy_until);
+        let nodes =
+            self.actors.values().filter_map(|actor| actor.wake.map(|wake| wake.max(actor.busy_until)));
+        let busy =
+            self.actors.iter().filter(|(node, _)| self.network.has_events(**node)).map(|(_, a)| a.busy_until);
         let plans = self.plans.last().map(|plan| plan.at);
         let cancels = self
             .requests
@@ -334,17 +279,10 @@ impl World {
             .filter(|made| made.end.is_none())
             .filter_map(|made| made.plan.cancel_at);
         let faults = self.faults.last().map(|(at, _)| *at);
-        let next = nodes
-            .chain(busy)
-            .chain(plans)
-            .chain(cancels)
-            .chain(faults)
-            .chain(self.network.next_at())
-            .min();
+        let next =
+            nodes.chain(busy).chain(plans).chain(cancels).chain(faults).chain(self.network.next_at()).min();
         // Half a second when nothing is due: deadlines are checked by the clock.
-        next.unwrap_or(now.after_us(500_000))
-            .max(now.after_us(1))
-            .min(now.after_us(500_000))
+        next.unwrap_or(now.after_us(500_000)).max(now.after_us(1)).min(now.after_us(500_000))
     }
 
     fn play_faults(&mut self, now: Time) {
@@ -415,13 +353,8 @@ impl World {
         let is_due = |made: &super::router::Made| {
             made.end.is_none() && made.plan.cancel_at.is_some_and(|at| at <= now)
         };
-        let due: Vec<_> = self
-            .requests
-            .made
-            .iter()
-            .filter(|(_, made)| is_due(made))
-            .map(|(id, _)| *id)
-            .collect();
+        let due: Vec<_> =
+            self.requests.made.iter().filter(|(_, made)| is_due(made)).map(|(id, _)| *id).collect();
         for request in due {
             self.requests.end(request, End::Cancelled, &self.network, ROUTER);
         }
@@ -467,10 +400,7 @@ impl World {
                     let message = wire::decode(&bytes).expect("nodes encode what they send");
                     match (&message, self.broken) {
                         (Message::Handoff(Handoff::Cancel { request }), Some(Break::FencedTooSoon)) => {
-                            let fenced = Message::Handoff(Handoff::Fenced {
-                                request: *request,
-                                error: None,
-                            });
+                            let fenced = Message::Handoff(Handoff::Fenced { request: *request, error: None });
                             let frame = wire::encode(&fenced).expect("within bounds");
                             let _ = self.network.send(node, peer, tandem_node::lane(&fenced), frame);
                         }
@@ -502,9 +432,7 @@ impl World {
             Next::Again => Some(now),
             Next::Wait(until) => until.map(|time| time.max(now.after_us(1))),
             Next::Finished => {
-                self.requests
-                    .violations
-                    .push(format!("{node:?} stopped by itself"));
+                self.requests.violations.push(format!("{node:?} stopped by itself"));
                 None
             }
         };
@@ -517,15 +445,10 @@ impl World {
 
     fn check_deadlines(&mut self, now: Time) {
         for (request, made) in &self.requests.made {
-            let due = made
-                .plan
-                .at
-                .after_us(u64::from(GENERATION_TIMEOUT_MS) * 1000 + 1_000_000);
+            let due = made.plan.at.after_us(u64::from(GENERATION_TIMEOUT_MS) * 1000 + 1_000_000);
             // A router that cannot reach a node learns so from the connection, within its own time.
             if made.end.is_none() && now > due {
-                self.requests
-                    .violations
-                    .push(format!("{request:?} is open after its deadline"));
+                self.requests.violations.push(format!("{request:?} is open after its deadline"));
                 break;
             }
         }
@@ -549,9 +472,7 @@ impl World {
         }
         if self.weather.is_harmless() {
             for (who, whom) in &seen.severs {
-                self.requests
-                    .violations
-                    .push(format!("{who:?} severed {whom:?}, which was healthy"));
+                self.requests.violations.push(format!("{who:?} severed {whom:?}, which was healthy"));
             }
         }
         for (request, made) in &self.requests.made {
@@ -568,20 +489,14 @@ impl World {
                 RequestError::Busy(_) | RequestError::Invalid(_) => false,
             };
             if !allowed {
-                self.requests
-                    .violations
-                    .push(format!("{request:?} failed for no reason: {error}"));
+                self.requests.violations.push(format!("{request:?} failed for no reason: {error}"));
             }
         }
     }
 
     fn outcome(self) -> Outcome {
         let count = |is: fn(&End) -> bool| {
-            self.requests
-                .made
-                .values()
-                .filter(|made| made.end.as_ref().is_some_and(is))
-                .count()
+            self.requests.made.values().filter(|made| made.end.as_ref().is_some_and(is)).count()
         };
         Outcome {
             complete: count(|end| *end == End::Complete),

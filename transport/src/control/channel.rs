@@ -188,15 +188,9 @@ impl Control {
         limits: Limits,
     ) -> Result<(Control, mpsc::Receiver<ControlEvent>), BindError> {
         // Each lane is one stream. The dialler opens both.
-        let streams = Streams {
-            protocol: PROTOCOL,
-            bidirectional: 2,
-            unidirectional: 0,
-        };
+        let streams = Streams { protocol: PROTOCOL, bidirectional: 2, unidirectional: 0, independent: 2 };
         let bound = Bound::new(addr, identity, &limits.tuning, streams)?;
-        let addr = bound
-            .local_addr()
-            .map_err(|source| BindError::Bind { addr, source })?;
+        let addr = bound.local_addr().map_err(|source| BindError::Bind { addr, source })?;
         let (events, receiver) = mpsc::channel(limits.events.max(1));
         let shared = Arc::new(Shared {
             local,
@@ -238,34 +232,21 @@ impl Control {
         let limits = &self.shared.limits;
         let len = frame.len();
         if len > limits.frame_bytes {
-            return Err(SendError::Oversize {
-                len,
-                limit: limits.frame_bytes,
-            });
+            return Err(SendError::Oversize { len, limit: limits.frame_bytes });
         }
         let peers = self.shared.peers();
-        let Some(Peer {
-            state: State::Life(Life {
-                lanes: Some(lanes), ..
-            }),
-            ..
-        }) = peers.get(&peer)
-        else {
+        let Some(Peer { state: State::Life(Life { lanes: Some(lanes), .. }), .. }) = peers.get(&peer) else {
             return Err(SendError::NotConnected { peer });
         };
         let queue = &lanes[lane as usize];
         let before = queue.queued_bytes.fetch_add(len, Ordering::Relaxed);
         let outcome = if before > 0 && before + len > limits.queued_bytes {
-            Err(SendError::Backlogged {
-                peer,
-                limit: limits.queued_frames,
-            })
+            Err(SendError::Backlogged { peer, limit: limits.queued_frames })
         } else {
             queue.frames.try_send(frame).map_err(|error| match error {
-                mpsc::error::TrySendError::Full(_) => SendError::Backlogged {
-                    peer,
-                    limit: limits.queued_frames,
-                },
+                mpsc::error::TrySendError::Full(_) => {
+                    SendError::Backlogged { peer, limit: limits.queued_frames }
+                }
                 mpsc::error::TrySendError::Closed(_) => SendError::NotConnected { peer },
             })
         };
@@ -280,11 +261,7 @@ impl Control {
 
     /// Closes the connection to a peer at once; what is queued is lost. `Down` follows if it was up.
     pub fn close(&self, peer: NodeId) {
-        if let Some(Peer {
-            state: State::Life(life),
-            ..
-        }) = self.shared.peers().get(&peer)
-        {
+        if let Some(Peer { state: State::Life(life), .. }) = self.shared.peers().get(&peer) {
             life.connection.close(CloseCode::Goodbye.into(), b"closed");
         }
     }
@@ -301,19 +278,10 @@ impl Control {
                 waiting.spawn(async move { connection.closed().await });
             }
         }
-        let _ = timeout(self.shared.limits.farewell, async {
-            while waiting.join_next().await.is_some() {}
-        })
-        .await;
-        self.shared
-            .bound
-            .endpoint
-            .close(CloseCode::Goodbye.into(), b"stopped");
-        let _ = timeout(
-            self.shared.limits.farewell,
-            self.shared.bound.endpoint.wait_idle(),
-        )
-        .await;
+        let _ = timeout(self.shared.limits.farewell, async { while waiting.join_next().await.is_some() {} })
+            .await;
+        self.shared.bound.endpoint.close(CloseCode::Goodbye.into(), b"stopped");
+        let _ = timeout(self.shared.limits.farewell, self.shared.bound.endpoint.wait_idle()).await;
     }
 
     /// What has happened since the start.
@@ -366,13 +334,7 @@ impl Shared {
     }
 
     fn hello(&self, life: u64) -> Hello {
-        Hello {
-            node: self.local,
-            life,
-            part: 0,
-            parts: 1,
-            ports: [0; MAX_PORTS],
-        }
+        Hello { node: self.local, life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
     }
 
     async fn dial(self: Arc<Self>, addr: SocketAddr) -> Result<NodeId, ConnectError> {
@@ -380,9 +342,8 @@ impl Shared {
         let connecting = self.bound.connect(addr).map_err(|e| failed(e.to_string()))?;
         let connection = connecting.await.map_err(|e| failed(e.to_string()))?;
         let life = getrandom::u64().map_err(|e| failed(e.to_string()))?;
-        let mut exchange = Exchange::dial(&connection, &self.hello(life))
-            .await
-            .map_err(|e| failed(e.to_string()))?;
+        let mut exchange =
+            Exchange::dial(&connection, &self.hello(life)).await.map_err(|e| failed(e.to_string()))?;
         let node = exchange.peer.node;
         if node == self.local {
             return Err(ConnectError::Itself { addr });
@@ -399,21 +360,12 @@ impl Shared {
             }
         };
         if let Some(last_ended) = last_ended {
-            let dialling = Dialling {
-                shared: Arc::clone(&self),
-                peer: node,
-                life,
-            };
-            let admitted = exchange
-                .confirm(last_ended)
-                .await
-                .map_err(|e| failed(e.to_string()))?;
+            let dialling = Dialling { shared: Arc::clone(&self), peer: node, life };
+            let admitted = exchange.confirm(last_ended).await.map_err(|e| failed(e.to_string()))?;
             if admitted {
                 let (mut send, recv) = connection.open_bi().await.map_err(|e| failed(e.to_string()))?;
                 // The peer sees the stream only when something is on it.
-                send.write_all(&[Lane::Urgent as u8])
-                    .await
-                    .map_err(|e| failed(e.to_string()))?;
+                send.write_all(&[Lane::Urgent as u8]).await.map_err(|e| failed(e.to_string()))?;
                 let lanes = self.lanes((exchange.send, exchange.recv), (send, recv));
                 let mut peers = self.peers();
                 let peer = peers.entry(node).or_default();
@@ -451,10 +403,7 @@ impl Shared {
             changed.as_mut().enable();
             let up = matches!(
                 self.peers().get(&node),
-                Some(Peer {
-                    state: State::Life(Life { lanes: Some(_), .. }),
-                    ..
-                })
+                Some(Peer { state: State::Life(Life { lanes: Some(_), .. }), .. })
             );
             if up {
                 return;
@@ -498,19 +447,11 @@ impl Shared {
             let standing = match &peer.state {
                 State::Nothing => Standing::Nothing,
                 State::Dialling { .. } => Standing::Dialling { confirmed: true },
-                State::Life(held) => Standing::Life {
-                    life: held.life,
-                    dialled_here: held.dialled_here,
-                },
+                State::Life(held) => Standing::Life { life: held.life, dialled_here: held.dialled_here },
             };
             let admitted = admits(self.local, node, standing, last_ended);
             if admitted {
-                let next = Life {
-                    life,
-                    dialled_here: false,
-                    connection: connection.clone(),
-                    lanes: None,
-                };
+                let next = Life { life, dialled_here: false, connection: connection.clone(), lanes: None };
                 if let State::Life(old) = std::mem::replace(&mut peer.state, State::Life(next)) {
                     peer.last_ended = old.life;
                     old.connection.close(CloseCode::Settled.into(), b"replaced");
@@ -525,13 +466,8 @@ impl Shared {
             return Ok(());
         }
         // If anything fails from here on, also by the deadline, the life ends again.
-        let mut forming = Forming {
-            shared: Arc::clone(&self),
-            node,
-            life,
-            connection: connection.clone(),
-            up: false,
-        };
+        let mut forming =
+            Forming { shared: Arc::clone(&self), node, life, connection: connection.clone(), up: false };
         exchange.verdict(true).await?;
         let (send, mut recv) = connection.accept_bi().await?;
         let mut opening = [0];
@@ -561,13 +497,7 @@ impl Shared {
     fn lanes(&self, main: (SendStream, RecvStream), urgent: (SendStream, RecvStream)) -> Lanes {
         let queue = || {
             let (frames, waiting) = mpsc::channel(self.limits.queued_frames.max(1));
-            (
-                LaneQueue {
-                    frames,
-                    queued_bytes: Arc::default(),
-                },
-                waiting,
-            )
+            (LaneQueue { frames, queued_bytes: Arc::default() }, waiting)
         };
         let ((main_queue, main_waiting), (urgent_queue, urgent_waiting)) = (queue(), queue());
         Lanes {
@@ -590,18 +520,13 @@ impl Shared {
             let _ = before.await;
         }
         add(&self.counters.ups, 1);
-        let up = ControlEvent::Up {
-            peer: node,
-            addr: connection.remote_address(),
-        };
+        let up = ControlEvent::Up { peer: node, addr: connection.remote_address() };
         let _ = self.events.send(up).await;
         let mut readers = JoinSet::new();
         let mut writers = JoinSet::new();
-        let parts = Lane::ALL
-            .into_iter()
-            .zip(lanes.streams)
-            .zip(lanes.queues)
-            .zip(lanes.waiting);
+        // What is urgent leaves before what was queued earlier. Only a connection that is lost refuses this.
+        let _ = lanes.streams[Lane::Urgent as usize].0.set_priority(1);
+        let parts = Lane::ALL.into_iter().zip(lanes.streams).zip(lanes.queues).zip(lanes.waiting);
         for (((lane, (send, recv)), queue), waiting) in parts {
             writers.spawn(Arc::clone(&self).write(send, waiting, queue.queued_bytes));
             readers.spawn(Arc::clone(&self).read(node, lane, connection.clone(), recv));
@@ -636,11 +561,7 @@ impl Shared {
         if peers.len() > MAX_REMEMBERED {
             peers.retain(|_, peer| {
                 let idle = matches!(peer.state, State::Nothing);
-                !idle
-                    || peer
-                        .serving
-                        .as_ref()
-                        .is_some_and(|serving| !serving.is_finished())
+                !idle || peer.serving.as_ref().is_some_and(|serving| !serving.is_finished())
             });
         }
         drop(peers);
@@ -677,11 +598,7 @@ impl Shared {
                     Ok(Some(bytes)) => {
                         add(&self.counters.frames_received, 1);
                         add(&self.counters.bytes_received, bytes.len() as u64);
-                        let frame = ControlEvent::Frame {
-                            peer: node,
-                            lane,
-                            bytes,
-                        };
+                        let frame = ControlEvent::Frame { peer: node, lane, bytes };
                         if self.events.send(frame).await.is_err() {
                             // Nobody listens any more.
                             return;
@@ -714,8 +631,7 @@ impl Drop for Forming {
         if self.up {
             return;
         }
-        self.connection
-            .close(CloseCode::Goodbye.into(), b"handshake failed");
+        self.connection.close(CloseCode::Goodbye.into(), b"handshake failed");
         self.shared.ended(self.node, self.life);
     }
 }

@@ -26,11 +26,7 @@ impl Decoder {
     /// A decoder of frames of at most `limit` bytes.
     #[must_use]
     pub fn new(limit: usize) -> Decoder {
-        Decoder {
-            pending: Vec::new(),
-            done: 0,
-            limit,
-        }
+        Decoder { pending: Vec::new(), done: 0, limit }
     }
 
     /// Takes what came in.
@@ -53,10 +49,7 @@ impl Decoder {
         };
         let len = u32::from_le_bytes(*header) as usize;
         if len > self.limit {
-            return Err(FrameError {
-                len,
-                limit: self.limit,
-            });
+            return Err(FrameError { len, limit: self.limit });
         }
         let Some(frame) = body.get(..len) else {
             return Ok(None);
@@ -83,13 +76,9 @@ mod tests {
 
     #[test]
     fn frames_survive_any_cut() {
-        let frames: Vec<Vec<u8>> = [0, 1, 3, 4, 5, 100, 0, 17]
-            .map(|len| vec![len as u8; len])
-            .to_vec();
-        let stream: Vec<u8> = frames
-            .iter()
-            .flat_map(|f| header(f.len()).into_iter().chain(f.iter().copied()))
-            .collect();
+        let frames: Vec<Vec<u8>> = [0, 1, 3, 4, 5, 100, 0, 17].map(|len| vec![len as u8; len]).to_vec();
+        let stream: Vec<u8> =
+            frames.iter().flat_map(|f| header(f.len()).into_iter().chain(f.iter().copied())).collect();
         for cut in 1..=stream.len() {
             let mut decoder = Decoder::new(100);
             let mut found = Vec::new();

@@ -85,16 +85,24 @@ impl Ack {
         let mut rest = &bytes[..];
         let sequence = u64::from_le_bytes(take(&mut rest)?);
         match rest {
-            [0] => Some(Ack {
-                sequence,
-                landed: false,
-            }),
-            [1] => Some(Ack {
-                sequence,
-                landed: true,
-            }),
+            [0] => Some(Ack { sequence, landed: false }),
+            [1] => Some(Ack { sequence, landed: true }),
             _ => None,
         }
+    }
+}
+
+/// What decodes is what would be encoded.
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Some(bytes) = bytes.first_chunk()
+        && let Some(header) = Header::decode(bytes)
+    {
+        assert_eq!(header.encode(), *bytes);
+    }
+    if let Some(bytes) = bytes.first_chunk()
+        && let Some(ack) = Ack::decode(bytes)
+    {
+        assert_eq!(ack.encode(), *bytes);
     }
 }
 
@@ -105,23 +113,14 @@ mod tests {
     #[test]
     fn headers_and_acks_survive_the_wire() {
         let header = Header {
-            window: Window {
-                region: 1,
-                key: u64::MAX - 2,
-                offset: 3,
-                len: 4,
-            },
+            window: Window { region: 1, key: u64::MAX - 2, offset: 3, len: 4 },
             offset: 5,
             len: 6,
             immediate: u32::MAX - 7,
             sequence: 8,
         };
         let bytes = header.encode();
-        assert_eq!(
-            bytes[HEADER_BYTES - 8..],
-            8u64.to_le_bytes(),
-            "the header fills its bytes"
-        );
+        assert_eq!(bytes[HEADER_BYTES - 8..], 8u64.to_le_bytes(), "the header fills its bytes");
         assert_eq!(Header::decode(&bytes), Some(header));
         let mut other = bytes;
         other[0] ^= 0xff;

@@ -56,12 +56,7 @@ impl Life {
             tickets: BTreeMap::new(),
             next_sequence: 0,
         };
-        Life {
-            peer,
-            number,
-            dialled_here,
-            state: Mutex::new(state),
-        }
+        Life { peer, number, dialled_here, state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -104,10 +99,7 @@ impl Life {
         }
         let was_up = state.phase == Phase::Up;
         state.phase = Phase::Ended;
-        let failed = std::mem::take(&mut state.tickets)
-            .into_values()
-            .map(|ticket| ticket.ticket)
-            .collect();
+        let failed = std::mem::take(&mut state.tickets).into_values().map(|ticket| ticket.ticket).collect();
         Some(Remains {
             was_up,
             links: std::mem::take(&mut state.links).into_iter().flatten().collect(),
@@ -121,31 +113,15 @@ impl Life {
             return Err(SubmitError::NotConnected { peer: self.peer });
         }
         if state.tickets.len() >= limit {
-            return Err(SubmitError::Full {
-                peer: self.peer,
-                limit,
-            });
+            return Err(SubmitError::Full { peer: self.peer, limit });
         }
-        let Some(link) = state
-            .links
-            .iter()
-            .flatten()
-            .min_by_key(|link| link.load())
-            .cloned()
-        else {
+        let Some(link) = state.links.iter().flatten().min_by_key(|link| link.load()).cloned() else {
             return Err(SubmitError::NotConnected { peer: self.peer });
         };
         let sequence = state.next_sequence;
         state.next_sequence += 1;
         let len = write.source.len() as u64;
-        state.tickets.insert(
-            sequence,
-            Ticket {
-                ticket: write.ticket,
-                len,
-                link: Arc::clone(&link),
-            },
-        );
+        state.tickets.insert(sequence, Ticket { ticket: write.ticket, len, link: Arc::clone(&link) });
         // Under the lock, so that the end of the life finds either no ticket or a queued job.
         link.push(Job { sequence, write });
         Ok(())
@@ -162,11 +138,7 @@ impl Life {
         report(if landed {
             Event::Sent { peer, ticket }
         } else {
-            Event::Failed {
-                peer,
-                ticket,
-                reason: FailReason::Refused,
-            }
+            Event::Failed { peer, ticket, reason: FailReason::Refused }
         });
         landed.then_some(len)
     }

@@ -80,8 +80,7 @@ impl Link {
 
     pub(super) fn push(&self, job: Job) {
         // One more than its bytes, so that empty writes are spread too.
-        self.load
-            .fetch_add(job.write.source.len() as u64 + 1, Ordering::Relaxed);
+        self.load.fetch_add(job.write.source.len() as u64 + 1, Ordering::Relaxed);
         lock(&self.jobs).push_back(job);
         self.more_jobs.notify_one();
     }
@@ -146,15 +145,7 @@ impl Link {
                 }
             };
             if let Some(stream) = refused {
-                self.settle(
-                    &node,
-                    &life,
-                    stream,
-                    Ack {
-                        sequence,
-                        landed: false,
-                    },
-                );
+                self.settle(&node, &life, stream, Ack { sequence, landed: false });
             }
         }
     }
@@ -199,13 +190,7 @@ impl Link {
             return Ok(());
         }
         let header = Header::decode(&bytes).ok_or(RuleBroken("write header of another version"))?;
-        let Header {
-            window,
-            offset,
-            len,
-            immediate,
-            sequence,
-        } = header;
+        let Header { window, offset, len, immediate, sequence } = header;
         let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
             self.refuse(node, stream, sequence);
             return Ok(());
@@ -215,10 +200,10 @@ impl Link {
             match stream.read_chunk(usize::MAX, false).await {
                 Ok(Some(chunk)) => {
                     let bytes = chunk.bytes.len() as u64;
-                    let at = chunk.offset - HEADER_BYTES as u64;
-                    if at + bytes > len {
+                    let at = chunk.offset.checked_sub(HEADER_BYTES as u64);
+                    let Some(at) = at.filter(|at| *at <= len && bytes <= len - at) else {
                         return Err(RuleBroken("write longer than its header says"));
-                    }
+                    };
                     received += bytes;
                     if !landing.land(offset + at, &chunk.bytes) {
                         self.refuse(node, stream, sequence);
@@ -234,10 +219,7 @@ impl Link {
         }
         if landing.complete(|| node.report_landed(life.peer, immediate, len, window.key)) {
             node.count_landed(len);
-            self.acknowledge(Ack {
-                sequence,
-                landed: true,
-            });
+            self.acknowledge(Ack { sequence, landed: true });
         } else {
             self.refuse(node, stream, sequence);
         }
@@ -248,10 +230,7 @@ impl Link {
         node.count_refused();
         // The rest need not come; if all of it has, stopping does nothing.
         let _ = stream.stop(VarInt::from_u32(0));
-        self.acknowledge(Ack {
-            sequence,
-            landed: false,
-        });
+        self.acknowledge(Ack { sequence, landed: false });
     }
 
     fn acknowledge(&self, ack: Ack) {
@@ -299,24 +278,8 @@ impl Link {
 }
 
 async fn send_write(stream: &mut SendStream, job: Job) -> Result<(), WriteError> {
-    let Job {
-        sequence,
-        write:
-            Write {
-                source,
-                window,
-                offset,
-                immediate,
-                ..
-            },
-    } = job;
-    let header = Header {
-        window,
-        offset,
-        len: source.len() as u64,
-        immediate,
-        sequence,
-    };
+    let Job { sequence, write: Write { source, window, offset, immediate, .. } } = job;
+    let header = Header { window, offset, len: source.len() as u64, immediate, sequence };
     stream.write_all(&header.encode()).await?;
     if !source.is_empty() {
         // QUIC reads the source itself when it builds packets: nothing is copied here.

@@ -16,6 +16,7 @@ use crate::endpoint::{BindError, Bound, Streams, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};
 use crate::identity::Identity;
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
+pub(crate) use header::fuzz;
 use node::{Node, Worker};
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -123,38 +124,14 @@ impl QuicTransport {
     ) -> Result<QuicTransport, BindError> {
         let bounds = [
             ("threads", config.threads, 1..=MAX_PORTS, "from 1 to 16"),
-            (
-                "connections",
-                config.connections,
-                1..=life::MAX_PARTS,
-                "from 1 to 64",
-            ),
-            (
-                "streams",
-                config.streams,
-                1..=link::MAX_STREAMS as usize,
-                "from 1 to 64",
-            ),
-            (
-                "write_limit",
-                config.write_limit,
-                1..=1 << 20,
-                "from 1 to 1048576",
-            ),
-            (
-                "event_limit",
-                config.event_limit,
-                1..=1 << 24,
-                "from 1 to 16777216",
-            ),
+            ("connections", config.connections, 1..=life::MAX_PARTS, "from 1 to 64"),
+            ("streams", config.streams, 1..=link::MAX_STREAMS as usize, "from 1 to 64"),
+            ("write_limit", config.write_limit, 1..=1 << 20, "from 1 to 1048576"),
+            ("event_limit", config.event_limit, 1..=1 << 24, "from 1 to 16777216"),
         ];
         for (name, value, range, allowed) in bounds {
             if !range.contains(&value) {
-                return Err(BindError::Setting {
-                    name,
-                    value: value.to_string(),
-                    allowed,
-                });
+                return Err(BindError::Setting { name, value: value.to_string(), allowed });
             }
         }
         let (stop, stopping) = watch::channel(Stop::No);
@@ -165,11 +142,7 @@ impl QuicTransport {
         let mut starts = Vec::new();
         for index in 0..config.threads {
             // Only the first socket has the address that peers are told; they learn the others' from it.
-            let addr = if index == 0 {
-                addr
-            } else {
-                SocketAddr::new(addr.ip(), 0)
-            };
+            let addr = if index == 0 { addr } else { SocketAddr::new(addr.ip(), 0) };
             let (start, started) = tokio::sync::oneshot::channel();
             let thread = Thread {
                 addr,
@@ -186,9 +159,7 @@ impl QuicTransport {
             threads.push(spawned);
             starts.push(start);
             let worker = bound.recv().map_err(|_| {
-                BindError::Thread(std::io::Error::other(
-                    "the thread ended before it had bound its socket",
-                ))
+                BindError::Thread(std::io::Error::other("the thread ended before it had bound its socket"))
             })?;
             workers.push(worker?);
         }
@@ -199,12 +170,7 @@ impl QuicTransport {
             // A thread that ended since will show as connections that fail.
             let _ = start.send(Arc::clone(&node));
         }
-        Ok(QuicTransport {
-            node,
-            threads,
-            stop,
-            addr,
-        })
+        Ok(QuicTransport { node, threads, stop, addr })
     }
 
     /// Where peers connect to.
@@ -303,11 +269,13 @@ impl Thread {
             Err(error) => return self.tell(Err(BindError::Thread(error))),
         };
         runtime.block_on(async {
-            // The return stream of each side is one more.
+            // The return stream of each side is one more. Writes that are received at all are received to
+            // the end: none is ever stuck beside another.
             let streams = Streams {
                 protocol: PROTOCOL,
                 bidirectional: 1,
                 unidirectional: link::MAX_STREAMS + 1,
+                independent: 1,
             };
             let bound = match Bound::new(self.addr, &self.identity, &self.tuning, streams) {
                 Ok(bound) => bound,
@@ -316,28 +284,18 @@ impl Thread {
             let addr = match bound.local_addr() {
                 Ok(addr) => addr,
                 Err(source) => {
-                    return self.tell(Err(BindError::Bind {
-                        addr: self.addr,
-                        source,
-                    }));
+                    return self.tell(Err(BindError::Bind { addr: self.addr, source }));
                 }
             };
             let endpoint = bound.endpoint.clone();
-            let worker = Worker {
-                runtime: tokio::runtime::Handle::current(),
-                bound: bound.clone(),
-                addr,
-            };
+            let worker = Worker { runtime: tokio::runtime::Handle::current(), bound: bound.clone(), addr };
             self.tell(Ok(worker));
             let Ok(node) = (&mut self.started).await else {
                 return;
             };
             let accepting = tokio::spawn(Node::accept(node, bound));
-            let stop = self
-                .stopping
-                .wait_for(|stop| *stop != Stop::No)
-                .await
-                .map_or(Stop::Silently, |stop| *stop);
+            let stop =
+                self.stopping.wait_for(|stop| *stop != Stop::No).await.map_or(Stop::Silently, |stop| *stop);
             accepting.abort();
             if stop == Stop::Goodbye {
                 endpoint.close(CloseCode::Goodbye.into(), b"stopped");

@@ -143,10 +143,7 @@ impl Node {
     pub(super) fn submit(&self, peer: NodeId, write: Write) -> Result<(), SubmitError> {
         write.check_bounds()?;
         let life = match lock(&self.peers).get(&peer) {
-            Some(Peer {
-                state: State::Life(life),
-                ..
-            }) => Arc::clone(life),
+            Some(Peer { state: State::Life(life), .. }) => Arc::clone(life),
             _ => return Err(SubmitError::NotConnected { peer }),
         };
         life.submit(write, self.config.write_limit)
@@ -235,13 +232,11 @@ impl Node {
         };
         let lives: Vec<_> = lock(&self.peers)
             .values()
-            .filter_map(|peer| {
-                if let State::Life(life) = &peer.state {
-                    Some(Arc::clone(life))
-                } else {
-                    None
-                }
-            })
+            .filter_map(
+                |peer| {
+                    if let State::Life(life) = &peer.state { Some(Arc::clone(life)) } else { None }
+                },
+            )
             .collect();
         for link in lives.iter().flat_map(|life| life.links()) {
             let path = link.connection.stats().path;
@@ -269,10 +264,7 @@ impl Node {
                 State::Nothing => {}
             }
             entry.asked = true;
-            entry.state = State::Dialling {
-                life,
-                confirmed: false,
-            };
+            entry.state = State::Dialling { life, confirmed: false };
         }
         let node = Arc::clone(self);
         self.workers[0].runtime.spawn(async move {
@@ -299,11 +291,9 @@ impl Node {
         let last_ended = {
             let mut peers = lock(&self.peers);
             match peers.get_mut(&peer) {
-                Some(Peer {
-                    state: State::Dialling { life, confirmed },
-                    last_ended,
-                    ..
-                }) if *life == number => {
+                Some(Peer { state: State::Dialling { life, confirmed }, last_ended, .. })
+                    if *life == number =>
+                {
                     *confirmed = true;
                     Some(*last_ended)
                 }
@@ -331,29 +321,14 @@ impl Node {
             entry.state = State::Life(Arc::clone(&life));
         }
         self.attach(&life, 0, connection, &worker.runtime);
-        let ports: Vec<u16> = exchange
-            .peer
-            .ports
-            .iter()
-            .copied()
-            .take_while(|port| *port != 0)
-            .collect();
+        let ports: Vec<u16> = exchange.peer.ports.iter().copied().take_while(|port| *port != 0).collect();
         for part in 1..parts {
-            let port = ports
-                .get(part % ports.len().max(1))
-                .copied()
-                .unwrap_or(addr.port());
+            let port = ports.get(part % ports.len().max(1)).copied().unwrap_or(addr.port());
             // The address that was given may be mapped; the first socket is reached as given.
-            let port = if Some(&port) == ports.first() {
-                addr.port()
-            } else {
-                port
-            };
+            let port = if Some(&port) == ports.first() { addr.port() } else { port };
             let to = SocketAddr::new(addr.ip(), port);
             let worker = &self.workers[part % self.workers.len()];
-            let dialling = worker
-                .runtime
-                .spawn(Arc::clone(&self).dial_part(Arc::clone(&life), part, to));
+            let dialling = worker.runtime.spawn(Arc::clone(&self).dial_part(Arc::clone(&life), part, to));
             dialling.await.map_err(|_| DialError::Stopping)??;
         }
         Ok(())
@@ -404,13 +379,7 @@ impl Node {
             *port = worker.addr.port();
         }
         // Both are at most `MAX_PARTS`.
-        Hello {
-            node: self.local,
-            life,
-            part: part as u16,
-            parts: parts as u16,
-            ports,
-        }
+        Hello { node: self.local, life, part: part as u16, parts: parts as u16, ports }
     }
 
     pub(super) async fn accept(self: Arc<Self>, bound: Bound) {
@@ -443,22 +412,17 @@ impl Node {
     async fn admit(self: &Arc<Self>, connecting: quinn::Connecting) -> Result<(), HandshakeError> {
         let connection = connecting.await?;
         let mut exchange = Exchange::answer(&connection, &self.hello(0, 0, 0)).await?;
-        let Hello {
-            node: peer,
-            life: number,
-            part,
-            parts,
-            ..
-        } = exchange.peer;
+        let Hello { node: peer, life: number, part, parts, .. } = exchange.peer;
         let last_ended = exchange.confirmation().await?;
         let life = if part == 0 {
             self.admit_life(peer, number, usize::from(parts), last_ended)
         } else {
             match lock(&self.peers).get(&peer) {
-                Some(Peer {
-                    state: State::Life(life),
-                    ..
-                }) if life.number == number && !life.dialled_here => Some(Arc::clone(life)),
+                Some(Peer { state: State::Life(life), .. })
+                    if life.number == number && !life.dialled_here =>
+                {
+                    Some(Arc::clone(life))
+                }
                 _ => None,
             }
         };
@@ -490,17 +454,9 @@ impl Node {
         let entry = peers.entry(peer).or_default();
         let (standing, old) = match &entry.state {
             State::Nothing => (Standing::Nothing, None),
-            State::Dialling { confirmed, .. } => (
-                Standing::Dialling {
-                    confirmed: *confirmed,
-                },
-                None,
-            ),
+            State::Dialling { confirmed, .. } => (Standing::Dialling { confirmed: *confirmed }, None),
             State::Life(life) => {
-                let standing = Standing::Life {
-                    life: life.number,
-                    dialled_here: life.dialled_here,
-                };
+                let standing = Standing::Life { life: life.number, dialled_here: life.dialled_here };
                 (standing, Some(Arc::clone(life)))
             }
         };
@@ -508,11 +464,7 @@ impl Node {
             return None;
         }
         if let Some(old) = old {
-            self.end(
-                &mut peers,
-                &old,
-                SeverReason::Lost("the peer connected anew".into()),
-            );
+            self.end(&mut peers, &old, SeverReason::Lost("the peer connected anew".into()));
         }
         let life = Arc::new(Life::new(peer, number, false, parts));
         peers.entry(peer).or_default().state = State::Life(Arc::clone(&life));
@@ -582,12 +534,7 @@ impl Node {
 
     /// Ends a life, once: nothing moves on its connections any more, and everything is reported.
     fn end(&self, peers: &mut BTreeMap<NodeId, Peer>, life: &Life, reason: SeverReason) {
-        let Some(Remains {
-            was_up,
-            links,
-            failed,
-        }) = life.end()
-        else {
+        let Some(Remains { was_up, links, failed }) = life.end() else {
             return;
         };
         let peer = life.peer;
@@ -613,11 +560,7 @@ impl Node {
             add(&self.counters.severed, 1);
             self.report(|events| {
                 for ticket in failed {
-                    events.push(Event::Failed {
-                        peer,
-                        ticket,
-                        reason: FailReason::Severed,
-                    });
+                    events.push(Event::Failed { peer, ticket, reason: FailReason::Severed });
                 }
                 events.push(Event::Severed { peer, reason });
             });

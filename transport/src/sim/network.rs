@@ -20,9 +20,7 @@ impl SimNetwork {
     /// An empty network at time 0.
     #[must_use]
     pub fn new(seed: u64, config: SimConfig) -> SimNetwork {
-        SimNetwork {
-            state: Arc::new(Mutex::new(State::new(seed, config))),
-        }
+        SimNetwork { state: Arc::new(Mutex::new(State::new(seed, config))) }
     }
 
     /// Adds a node, and gives it its data plane. A restarted node is a new node, with a new id.
@@ -33,10 +31,7 @@ impl SimNetwork {
     pub fn transport(&self, node: NodeId) -> SimTransport {
         let windows = Arc::new(Windows::default());
         let added = self.with(|state| state.add(node, Arc::clone(&windows)));
-        assert!(
-            added,
-            "{node} is in the network already: a restarted node has a new id"
-        );
+        assert!(added, "{node} is in the network already: a restarted node has a new id");
         SimTransport::new(self.clone(), node, windows)
     }
 

@@ -261,9 +261,7 @@ impl State {
     }
 
     pub(super) fn has_events(&self, node: NodeId) -> bool {
-        self.nodes
-            .get(&node)
-            .is_some_and(|n| n.alive && !(n.events.is_empty() && n.control.is_empty()))
+        self.nodes.get(&node).is_some_and(|n| n.alive && !(n.events.is_empty() && n.control.is_empty()))
     }
 
     pub(super) fn take_events(&mut self, node: NodeId, events: &mut Vec<Event>) {
@@ -355,11 +353,7 @@ impl State {
 
     /// When news of a break that was announced arrives; when nothing can be announced, silence tells.
     fn after_goodbye(&mut self, a: NodeId, b: NodeId) -> Time {
-        if self.pair(a, b).partition.is_some() {
-            self.after_detection()
-        } else {
-            self.after_latency()
-        }
+        if self.pair(a, b).partition.is_some() { self.after_detection() } else { self.after_latency() }
     }
 
     fn report_data(&mut self, node: NodeId, event: Event) {
@@ -380,13 +374,7 @@ impl State {
         match plane {
             Plane::Data => self.report_data(node, Event::Connected { peer }),
             Plane::Control => {
-                self.report_control(
-                    node,
-                    ControlEvent::Up {
-                        peer,
-                        addr: SimNetwork::address(peer),
-                    },
-                );
+                self.report_control(node, ControlEvent::Up { peer, addr: SimNetwork::address(peer) });
             }
         }
     }
@@ -403,13 +391,7 @@ impl State {
                 self.report_data(node, Event::Severed { peer, reason });
             }
             Plane::Control => {
-                self.report_control(
-                    node,
-                    ControlEvent::Down {
-                        peer,
-                        reason: reason.to_string(),
-                    },
-                );
+                self.report_control(node, ControlEvent::Down { peer, reason: reason.to_string() });
             }
         }
     }
@@ -436,24 +418,9 @@ impl State {
         asked[me] = true;
         state.dial = Some(Dial { connection, asked });
         let arrival = self.after_latency();
-        self.schedule(
-            arrival,
-            What::Arrive(Travel {
-                from,
-                to,
-                connection,
-                cargo: Cargo::Dial(plane),
-            }),
-        );
+        self.schedule(arrival, What::Arrive(Travel { from, to, connection, cargo: Cargo::Dial(plane) }));
         let deadline = self.now.after_us(*self.config.detect_us.end());
-        self.schedule(
-            deadline,
-            What::DialTimeout {
-                plane,
-                pair: pair_of(from, to),
-                connection,
-            },
-        );
+        self.schedule(deadline, What::DialTimeout { plane, pair: pair_of(from, to), connection });
     }
 
     pub(super) fn submit(&mut self, from: NodeId, to: NodeId, write: Write) -> Result<(), SubmitError> {
@@ -476,22 +443,9 @@ impl State {
         for piece in 0..pieces {
             let start = piece * piece_bytes;
             let len = piece_bytes.min(len - start);
-            let cargo = Cargo::Piece {
-                write: id,
-                start,
-                len,
-                sent: self.carry(from, to, len),
-            };
+            let cargo = Cargo::Piece { write: id, start, len, sent: self.carry(from, to, len) };
             let arrival = self.data_arrival(from, to, &cargo);
-            self.schedule(
-                arrival,
-                What::Arrive(Travel {
-                    from,
-                    to,
-                    connection,
-                    cargo,
-                }),
-            );
+            self.schedule(arrival, What::Arrive(Travel { from, to, connection, cargo }));
         }
         let flight = Flight {
             from,
@@ -521,11 +475,7 @@ impl State {
     }
 
     fn data_arrival(&mut self, from: NodeId, to: NodeId, cargo: &Cargo) -> Time {
-        let sent = if let Cargo::Piece { sent, .. } = cargo {
-            *sent
-        } else {
-            self.now
-        };
+        let sent = if let Cargo::Piece { sent, .. } = cargo { *sent } else { self.now };
         let arrival = sent.after_us(self.draw_latency());
         if self.config.reorder {
             return arrival;
@@ -546,10 +496,7 @@ impl State {
         let alive = self.alive(from);
         let (limit, longest) = (self.config.frame_limit, self.config.frame_bytes);
         if frame.len() > longest {
-            return Err(SendError::Oversize {
-                len: frame.len(),
-                limit: longest,
-            });
+            return Err(SendError::Oversize { len: frame.len(), limit: longest });
         }
         let len = frame.len();
         let state = self.plane(Plane::Control, from, to);
@@ -565,15 +512,7 @@ impl State {
         let last = &mut self.plane(Plane::Control, from, to).lanes[me][lane as usize].last_arrival;
         *last = (*last).max(arrival);
         let arrival = *last;
-        self.schedule(
-            arrival,
-            What::Arrive(Travel {
-                from,
-                to,
-                connection,
-                cargo: Cargo::Frame(lane),
-            }),
-        );
+        self.schedule(arrival, What::Arrive(Travel { from, to, connection, cargo: Cargo::Frame(lane) }));
         self.trouble(Plane::Control, from, to, connection);
         Ok(())
     }
@@ -592,16 +531,7 @@ impl State {
     fn break_both(&mut self, plane: Plane, a: NodeId, b: NodeId, connection: u64, why: &'static str) {
         for (node, peer) in [(a, b), (b, a)] {
             let at = self.after_detection();
-            self.schedule(
-                at,
-                What::Break {
-                    plane,
-                    node,
-                    peer,
-                    connection,
-                    why,
-                },
-            );
+            self.schedule(at, What::Break { plane, node, peer, connection, why });
         }
     }
 
@@ -628,12 +558,7 @@ impl State {
             };
             for plane in [Plane::Data, Plane::Control] {
                 let sides = pair.planes[plane as usize].sides;
-                found.extend(
-                    sides
-                        .iter()
-                        .flatten()
-                        .map(|connection| (plane, peer, *connection)),
-                );
+                found.extend(sides.iter().flatten().map(|connection| (plane, peer, *connection)));
             }
         }
         found
@@ -647,21 +572,11 @@ impl State {
             let at = self.after_detection();
             self.schedule(
                 at,
-                What::Break {
-                    plane,
-                    node: peer,
-                    peer: node,
-                    connection,
-                    why: "the peer is silent",
-                },
+                What::Break { plane, node: peer, peer: node, connection, why: "the peer is silent" },
             );
         }
-        let flights: Vec<u64> = self
-            .writes
-            .iter()
-            .filter(|(_, f)| f.from == node && f.open)
-            .map(|(id, _)| *id)
-            .collect();
+        let flights: Vec<u64> =
+            self.writes.iter().filter(|(_, f)| f.from == node && f.open).map(|(id, _)| *id).collect();
         for id in flights {
             self.give_up(id, None);
         }
@@ -688,11 +603,7 @@ impl State {
         };
         if let Source::Lent(lent) = &flight.source {
             // What was refused is not looked at again.
-            let bytes = if flight.refused {
-                Vec::new()
-            } else {
-                lent.as_ref().to_vec()
-            };
+            let bytes = if flight.refused { Vec::new() } else { lent.as_ref().to_vec() };
             flight.source = Source::OnTheWire { bytes, until: now };
         }
         flight.open = false;
@@ -702,14 +613,7 @@ impl State {
         }
         self.pair(from, to).writes[side_of(from, to)] -= 1;
         if let Some(reason) = report {
-            self.report_data(
-                from,
-                Event::Failed {
-                    peer: to,
-                    ticket,
-                    reason,
-                },
-            );
+            self.report_data(from, Event::Failed { peer: to, ticket, reason });
         }
     }
 
@@ -721,9 +625,7 @@ impl State {
         let me = side_of(node, peer);
         let state = self.plane(plane, node, peer);
         let connection = state.sides[me];
-        let dial = state
-            .dial
-            .take_if(|dial| dial.asked[me] || Some(dial.connection) == connection);
+        let dial = state.dial.take_if(|dial| dial.asked[me] || Some(dial.connection) == connection);
         let remote = state.sides[1 - me];
         let why = "closed by the peer";
         if let Some(dial) = &dial
@@ -731,28 +633,11 @@ impl State {
             && remote != Some(dial.connection)
         {
             let at = self.after_goodbye(node, peer);
-            self.schedule(
-                at,
-                What::DialFailed {
-                    plane,
-                    node: peer,
-                    peer: node,
-                    why,
-                },
-            );
+            self.schedule(at, What::DialFailed { plane, node: peer, peer: node, why });
         }
         if let Some(connection) = connection.or(dial.map(|dial| dial.connection)) {
             let at = self.after_goodbye(node, peer);
-            self.schedule(
-                at,
-                What::Break {
-                    plane,
-                    node: peer,
-                    peer: node,
-                    connection,
-                    why,
-                },
-            );
+            self.schedule(at, What::Break { plane, node: peer, peer: node, connection, why });
         }
         match connection {
             Some(connection) => self.end_side(plane, node, peer, connection, SeverReason::Asked),
@@ -786,20 +671,10 @@ impl State {
     fn happen(&mut self, what: What) {
         match what {
             What::Arrive(travel) => self.arrive(travel),
-            What::Break {
-                plane,
-                node,
-                peer,
-                connection,
-                why,
-            } => {
+            What::Break { plane, node, peer, connection, why } => {
                 self.end_side(plane, node, peer, connection, SeverReason::Lost(why.into()));
             }
-            What::DialTimeout {
-                plane,
-                pair: (a, b),
-                connection,
-            } => {
+            What::DialTimeout { plane, pair: (a, b), connection } => {
                 let state = self.plane(plane, a, b);
                 let Some(dial) = state.dial.take_if(|dial| dial.connection == connection) else {
                     return;
@@ -807,33 +682,19 @@ impl State {
                 for (node, peer) in [(a, b), (b, a)] {
                     let accepted = self.plane(plane, a, b).sides[side_of(node, peer)] == Some(connection);
                     if accepted {
-                        self.end_side(
-                            plane,
-                            node,
-                            peer,
-                            connection,
-                            SeverReason::Lost("no answer".into()),
-                        );
+                        self.end_side(plane, node, peer, connection, SeverReason::Lost("no answer".into()));
                     } else if dial.asked[side_of(node, peer)] {
                         self.report_end(plane, node, peer, SeverReason::Unreachable("no answer".into()));
                     }
                 }
             }
-            What::DialFailed {
-                plane,
-                node,
-                peer,
-                why,
-            } => {
+            What::DialFailed { plane, node, peer, why } => {
                 let state = self.plane(plane, node, peer);
                 if state.sides[side_of(node, peer)].is_none() && state.dial.is_none() {
                     self.report_end(plane, node, peer, SeverReason::Unreachable(why.into()));
                 }
             }
-            What::PartitionNoticed {
-                pair: (a, b),
-                partition,
-            } => {
+            What::PartitionNoticed { pair: (a, b), partition } => {
                 if self.pair(a, b).partition != Some(partition) {
                     return;
                 }
@@ -872,11 +733,7 @@ impl State {
         }
         // Whatever comes on a connection that was dialled from here says that it was accepted.
         let state = self.plane(plane, from, to);
-        if state
-            .dial
-            .take_if(|dial| dial.connection == connection && dial.asked[me])
-            .is_some()
-        {
+        if state.dial.take_if(|dial| dial.connection == connection && dial.asked[me]).is_some() {
             state.sides[me] = Some(connection);
             self.report_begin(plane, to, from);
         }
@@ -888,31 +745,16 @@ impl State {
             Cargo::Frame(lane) => {
                 let lane_state = &mut self.plane(plane, from, to).lanes[1 - me][lane as usize];
                 if let Some(bytes) = lane_state.frames.pop_front() {
-                    self.report_control(
-                        to,
-                        ControlEvent::Frame {
-                            peer: from,
-                            lane,
-                            bytes,
-                        },
-                    );
+                    self.report_control(to, ControlEvent::Frame { peer: from, lane, bytes });
                 }
             }
-            Cargo::Piece {
-                write,
-                start,
-                len,
-                sent,
-            } => self.arrive_piece(write, start, len, sent),
+            Cargo::Piece { write, start, len, sent } => self.arrive_piece(write, start, len, sent),
             Cargo::Report { write, landed } => {
                 if landed {
                     let Some(flight) = self.writes.get_mut(&write).filter(|f| f.open) else {
                         return;
                     };
-                    let event = Event::Sent {
-                        peer: flight.to,
-                        ticket: flight.ticket,
-                    };
+                    let event = Event::Sent { peer: flight.to, ticket: flight.ticket };
                     self.writes.remove(&write);
                     self.pair(from, to).writes[me] -= 1;
                     self.report_data(to, event);
@@ -924,26 +766,14 @@ impl State {
     }
 
     fn arrive_dial(&mut self, plane: Plane, travel: Travel) {
-        let Travel {
-            from, to, connection, ..
-        } = travel;
+        let Travel { from, to, connection, .. } = travel;
         let me = side_of(to, from);
         let state = self.plane(plane, from, to);
-        if state
-            .dial
-            .as_ref()
-            .is_none_or(|dial| dial.connection != connection)
-        {
+        if state.dial.as_ref().is_none_or(|dial| dial.connection != connection) {
             return;
         }
         if let Some(old) = state.sides[me] {
-            self.end_side(
-                plane,
-                to,
-                from,
-                old,
-                SeverReason::Lost("the peer connected anew".into()),
-            );
+            self.end_side(plane, to, from, old, SeverReason::Lost("the peer connected anew".into()));
         }
         let state = self.plane(plane, from, to);
         state.sides[me] = Some(connection);
@@ -952,12 +782,7 @@ impl State {
         }
         self.report_begin(plane, to, from);
         let at = self.after_latency();
-        let accept = Travel {
-            from: to,
-            to: from,
-            connection,
-            cargo: Cargo::Accept(plane),
-        };
+        let accept = Travel { from: to, to: from, connection, cargo: Cargo::Accept(plane) };
         self.schedule(at, What::Arrive(accept));
     }
 
@@ -991,9 +816,7 @@ impl State {
                 self.piece[0] ^= 1;
             }
             let at = flight.offset + start as u64;
-            landed = landing
-                .as_ref()
-                .is_some_and(|landing| landing.land(at, &self.piece));
+            landed = landing.as_ref().is_some_and(|landing| landing.land(at, &self.piece));
         }
         let refused_now = !landed && !flight.refused;
         flight.refused |= !landed;
@@ -1011,15 +834,7 @@ impl State {
         if let Some(landed) = acknowledge {
             let cargo = Cargo::Report { write, landed };
             let at = self.data_arrival(to, from, &cargo);
-            self.schedule(
-                at,
-                What::Arrive(Travel {
-                    from: to,
-                    to: from,
-                    connection,
-                    cargo,
-                }),
-            );
+            self.schedule(at, What::Arrive(Travel { from: to, to: from, connection, cargo }));
         }
     }
 

@@ -20,11 +20,7 @@ pub struct SimTransport {
 
 impl SimTransport {
     pub(super) fn new(network: SimNetwork, node: NodeId, windows: Arc<Windows>) -> SimTransport {
-        SimTransport {
-            network,
-            node,
-            windows,
-        }
+        SimTransport { network, node, windows }
     }
 
     /// Which node it is.

@@ -27,11 +27,7 @@ impl Shape for Defaults {
 pub(crate) struct ThreeThreads;
 impl Shape for ThreeThreads {
     fn config() -> QuicConfig {
-        QuicConfig {
-            threads: 3,
-            connections: 4,
-            ..QuicConfig::default()
-        }
+        QuicConfig { threads: 3, connections: 4, ..QuicConfig::default() }
     }
 }
 
@@ -45,12 +41,7 @@ impl Shape for Ethernet {
             connection_window: 128 << 10,
             ..Tuning::default()
         };
-        QuicConfig {
-            connections: 1,
-            streams: 2,
-            tuning,
-            ..QuicConfig::default()
-        }
+        QuicConfig { connections: 1, streams: 2, tuning, ..QuicConfig::default() }
     }
 }
 
@@ -82,11 +73,7 @@ impl<S: Shape> Cluster for Loopback<S> {
             })
             .collect();
         let addresses = nodes.iter().flatten().map(QuicTransport::local_addr).collect();
-        Loopback {
-            nodes,
-            addresses,
-            shape: PhantomData,
-        }
+        Loopback { nodes, addresses, shape: PhantomData }
     }
 
     fn id(&self, node: usize) -> NodeId {

@@ -17,10 +17,7 @@ pub(crate) trait Weather {
 pub(crate) struct Healthy;
 impl Weather for Healthy {
     fn config() -> SimConfig {
-        SimConfig {
-            reorder: false,
-            ..SimConfig::default()
-        }
+        SimConfig { reorder: false, ..SimConfig::default() }
     }
 }
 
@@ -46,21 +43,10 @@ pub(crate) struct Simulated<W> {
 
 impl<W: Weather> Cluster for Simulated<W> {
     fn start(setup: Setup) -> Self {
-        let network = SimNetwork::new(
-            setup.seed,
-            SimConfig {
-                write_limit: setup.write_limit,
-                ..W::config()
-            },
-        );
-        let nodes = (0..setup.nodes)
-            .map(|i| Some(network.transport(NodeId(i as u64 + 1))))
-            .collect();
-        Simulated {
-            network,
-            nodes,
-            weather: PhantomData,
-        }
+        let network =
+            SimNetwork::new(setup.seed, SimConfig { write_limit: setup.write_limit, ..W::config() });
+        let nodes = (0..setup.nodes).map(|i| Some(network.transport(NodeId(i as u64 + 1)))).collect();
+        Simulated { network, nodes, weather: PhantomData }
     }
 
     fn id(&self, node: usize) -> NodeId {
@@ -80,10 +66,7 @@ impl<W: Weather> Cluster for Simulated<W> {
     }
 
     fn wait(&mut self) {
-        let next = self
-            .network
-            .next_at()
-            .unwrap_or_else(|| self.network.now().after_us(1000));
+        let next = self.network.next_at().unwrap_or_else(|| self.network.now().after_us(1000));
         self.network.advance(next);
     }
 }

@@ -72,11 +72,7 @@ const REGION: usize = 24 << 20;
 
 impl<C: Cluster> Bench<C> {
     fn start(nodes: usize, write_limit: usize) -> Bench<C> {
-        let mut cluster = C::start(Setup {
-            nodes,
-            write_limit,
-            seed: 7,
-        });
+        let mut cluster = C::start(Setup { nodes, write_limit, seed: 7 });
         let mut memory = Vec::new();
         let mut bells = Vec::new();
         for node in 0..nodes {
@@ -86,13 +82,7 @@ impl<C: Cluster> Bench<C> {
             cluster.node(node).set_waker(Waker::from(Arc::clone(&bell)));
             bells.push(bell);
         }
-        Bench {
-            cluster,
-            memory,
-            events: vec![VecDeque::new(); nodes],
-            bells,
-            rng: 1,
-        }
+        Bench { cluster, memory, events: vec![VecDeque::new(); nodes], bells, rng: 1 }
     }
 
     fn connected(nodes: usize, write_limit: usize) -> Bench<C> {
@@ -114,10 +104,7 @@ impl<C: Cluster> Bench<C> {
     }
 
     fn random(&mut self, below: u64) -> u64 {
-        self.rng = self
-            .rng
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.rng = self.rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.rng >> 33) % below
     }
 
@@ -125,10 +112,7 @@ impl<C: Cluster> Bench<C> {
         let rung = self.bells[node].0.load(Ordering::SeqCst);
         let mut events = Vec::new();
         self.cluster.node(node).poll(&mut events);
-        assert!(
-            events.is_empty() || rung > 0,
-            "the waker was never called, yet there was {events:?}"
-        );
+        assert!(events.is_empty() || rung > 0, "the waker was never called, yet there was {events:?}");
         self.events[node].extend(events);
     }
 
@@ -141,11 +125,7 @@ impl<C: Cluster> Bench<C> {
             if let Some(at) = self.events[node].iter().position(&matches) {
                 return self.events[node].remove(at).unwrap();
             }
-            assert!(
-                begun.elapsed() < PATIENCE,
-                "node {node} reported only {:?}",
-                self.events[node]
-            );
+            assert!(begun.elapsed() < PATIENCE, "node {node} reported only {:?}", self.events[node]);
             self.cluster.wait();
         }
     }
@@ -182,10 +162,7 @@ impl<C: Cluster> Bench<C> {
     }
 
     fn holds(&self, node: usize, range: Range<usize>, salt: u64) -> bool {
-        self.read(node, range)
-            .iter()
-            .enumerate()
-            .all(|(i, byte)| *byte == pattern(salt, i))
+        self.read(node, range).iter().enumerate().all(|(i, byte)| *byte == pattern(salt, i))
     }
 
     fn submit(&mut self, from: usize, to: usize, write: Write) -> Result<(), SubmitError> {
@@ -205,17 +182,11 @@ impl<C: Cluster> Bench<C> {
     }
 
     fn sent(&mut self, node: usize, ticket: u64) {
-        self.expect(
-            node,
-            |e| matches!(e, Event::Sent { ticket: t, .. } if *t == ticket),
-        );
+        self.expect(node, |e| matches!(e, Event::Sent { ticket: t, .. } if *t == ticket));
     }
 
     fn landed(&mut self, node: usize, immediate: u32) -> u64 {
-        match self.expect(
-            node,
-            |e| matches!(e, Event::Landed { immediate: i, .. } if *i == immediate),
-        ) {
+        match self.expect(node, |e| matches!(e, Event::Landed { immediate: i, .. } if *i == immediate)) {
             Event::Landed { len, .. } => len,
             _ => unreachable!(),
         }
@@ -223,28 +194,16 @@ impl<C: Cluster> Bench<C> {
 }
 
 fn pattern(salt: u64, i: usize) -> u8 {
-    ((i as u64)
-        .wrapping_add(salt.wrapping_mul(7919))
-        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        >> 56) as u8
+    ((i as u64).wrapping_add(salt.wrapping_mul(7919)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
 }
 
 /// Point 1.
 pub(crate) fn connects_once<C: Cluster>() {
     let mut bench = Bench::<C>::start(2, 16);
     let window = bench.open(1, 0, 0..100);
-    let write = Write {
-        ticket: 1,
-        source: bench.extent(0, 0..100),
-        window,
-        offset: 0,
-        immediate: 1,
-    };
+    let write = Write { ticket: 1, source: bench.extent(0, 0..100), window, offset: 0, immediate: 1 };
     let peer = bench.cluster.id(1);
-    assert_eq!(
-        bench.submit(0, 1, write.clone()),
-        Err(SubmitError::NotConnected { peer })
-    );
+    assert_eq!(bench.submit(0, 1, write.clone()), Err(SubmitError::NotConnected { peer }));
     bench.connect(0, 1);
     bench.submit(0, 1, write).unwrap();
     bench.sent(0, 1);
@@ -254,30 +213,13 @@ pub(crate) fn connects_once<C: Cluster>() {
     bench.poll(0);
     bench.poll(1);
     assert!(bench.events[0].is_empty(), "{:?}", bench.events[0]);
-    assert_eq!(
-        bench.events[1].len(),
-        1,
-        "only the landing: {:?}",
-        bench.events[1]
-    );
+    assert_eq!(bench.events[1].len(), 1, "only the landing: {:?}", bench.events[1]);
 }
 
 /// Points 3, 5, 6: any extent, any size, any offset.
 pub(crate) fn lands_whole_and_in_place<C: Cluster>() {
     let mut bench = Bench::<C>::connected(2, 16);
-    let sizes = [
-        1,
-        2,
-        3,
-        1199,
-        1200,
-        1201,
-        65_535,
-        65_536,
-        65_537,
-        1 << 20,
-        8 << 20,
-    ];
+    let sizes = [1, 2, 3, 1199, 1200, 1201, 65_535, 65_536, 65_537, 1 << 20, 8 << 20];
     for (i, size) in sizes.into_iter().enumerate() {
         let i = i as u64;
         let from = bench.random((REGION - size) as u64) as usize;
@@ -290,28 +232,12 @@ pub(crate) fn lands_whole_and_in_place<C: Cluster>() {
         let window = bench.open(1, 0, to..to + room + size);
         let source = bench.extent(0, from..from + size);
         bench
-            .submit(
-                0,
-                1,
-                Write {
-                    ticket: i,
-                    source,
-                    window,
-                    offset: room as u64,
-                    immediate: 70 + i as u32,
-                },
-            )
+            .submit(0, 1, Write { ticket: i, source, window, offset: room as u64, immediate: 70 + i as u32 })
             .unwrap();
         assert_eq!(bench.landed(1, 70 + i as u32), size as u64);
-        assert!(
-            bench.holds(1, to + room..to + room + size, i),
-            "{size} bytes at {to}+{room}"
-        );
+        assert!(bench.holds(1, to + room..to + room + size, i), "{size} bytes at {to}+{room}");
         assert_eq!(bench.read(1, to - 1..to + room), around[..room + 1]);
-        assert_eq!(
-            bench.read(1, to + room + size..to + room + size + 1),
-            around[room + size + 1..]
-        );
+        assert_eq!(bench.read(1, to + room + size..to + room + size + 1), around[room + size + 1..]);
         bench.sent(0, i);
         bench.cluster.node(1).close_window(window);
     }
@@ -334,13 +260,8 @@ pub(crate) fn crosses_and_mixes<C: Cluster>() {
                 let ticket = (from * 1000 + to * 100) as u64 + n;
                 bench.fill(from, source..source + len, ticket);
                 let extent = bench.extent(from, source..source + len);
-                let write = Write {
-                    ticket,
-                    source: extent,
-                    window,
-                    offset: offset as u64,
-                    immediate: ticket as u32,
-                };
+                let write =
+                    Write { ticket, source: extent, window, offset: offset as u64, immediate: ticket as u32 };
                 bench.submit(from, to, write).unwrap();
                 writes.insert(ticket, (from, to, area + offset, len));
                 source += len;
@@ -356,11 +277,7 @@ pub(crate) fn crosses_and_mixes<C: Cluster>() {
     bench.settle();
     for node in 0..3 {
         bench.poll(node);
-        assert!(
-            bench.events[node].is_empty(),
-            "reported twice: {:?}",
-            bench.events[node]
-        );
+        assert!(bench.events[node].is_empty(), "reported twice: {:?}", bench.events[node]);
     }
 }
 
@@ -368,13 +285,7 @@ pub(crate) fn crosses_and_mixes<C: Cluster>() {
 pub(crate) fn empty_writes_carry_their_immediate<C: Cluster>() {
     let mut bench = Bench::<C>::connected(2, 16);
     let window = bench.open(1, 0, 10..10);
-    let write = Write {
-        ticket: 5,
-        source: bench.extent(0, 0..0),
-        window,
-        offset: 0,
-        immediate: u32::MAX,
-    };
+    let write = Write { ticket: 5, source: bench.extent(0, 0..0), window, offset: 0, immediate: u32::MAX };
     bench.submit(0, 1, write).unwrap();
     assert_eq!(bench.landed(1, u32::MAX), 0);
     bench.sent(0, 5);
@@ -388,36 +299,18 @@ pub(crate) fn refuses_what_is_not_open<C: Cluster>() {
     let window = bench.open(1, 0, 1000..101_000);
     let foreign = bench.open(1, 2, 200_000..300_000);
     let source = bench.extent(0, 0..100_000);
-    let write = |ticket, window, offset| Write {
-        ticket,
-        source: source.clone(),
-        window,
-        offset,
-        immediate: 1,
-    };
+    let write =
+        |ticket, window, offset| Write { ticket, source: source.clone(), window, offset, immediate: 1 };
 
-    let too_far = SubmitError::OutOfWindow {
-        offset: 1,
-        len: 100_000,
-        window: 100_000,
-    };
+    let too_far = SubmitError::OutOfWindow { offset: 1, len: 100_000, window: 100_000 };
     assert_eq!(bench.submit(0, 1, write(0, window, 1)), Err(too_far));
     assert!(bench.submit(0, 1, write(0, window, u64::MAX)).is_err());
 
     let forged = [
-        Window {
-            key: window.key ^ 1,
-            ..window
-        },
-        Window {
-            len: window.len + 1,
-            ..window
-        },
+        Window { key: window.key ^ 1, ..window },
+        Window { len: window.len + 1, ..window },
         Window { offset: 0, ..window },
-        Window {
-            region: window.region + 1,
-            ..window
-        },
+        Window { region: window.region + 1, ..window },
         foreign,
     ];
     for (ticket, window) in forged.into_iter().enumerate() {
@@ -441,13 +334,7 @@ pub(crate) fn closed_is_closed<C: Cluster>() {
         bench.fill(0, 0..LEN, round);
         let window = bench.open(1, 0, 0..LEN);
         let source = bench.extent(0, 0..LEN);
-        let write = Write {
-            ticket: round,
-            source,
-            window,
-            offset: 0,
-            immediate: 3,
-        };
+        let write = Write { ticket: round, source, window, offset: 0, immediate: 3 };
         bench.submit(0, 1, write.clone()).unwrap();
         for _ in 0..round {
             bench.cluster.wait();
@@ -461,16 +348,9 @@ pub(crate) fn closed_is_closed<C: Cluster>() {
         });
         bench.submit(0, 1, Write { ticket: 100, ..write }).unwrap();
         assert_eq!(bench.failed(0, 100), FailReason::Refused);
-        assert!(
-            bench.read(1, 0..LEN) == at_closing,
-            "bytes landed after the window was closed"
-        );
+        assert!(bench.read(1, 0..LEN) == at_closing, "bytes landed after the window was closed");
         bench.poll(1);
-        assert!(
-            bench.events[1].is_empty(),
-            "reported after closing: {:?}",
-            bench.events[1]
-        );
+        assert!(bench.events[1].is_empty(), "reported after closing: {:?}", bench.events[1]);
     }
 }
 
@@ -479,38 +359,14 @@ pub(crate) fn bounds_the_queue<C: Cluster>() {
     const LIMIT: usize = 8;
     let mut bench = Bench::<C>::connected(3, LIMIT);
     let window = bench.open(1, 0, 0..1 << 20);
-    let write = Write {
-        ticket: 0,
-        source: bench.extent(0, 0..1 << 20),
-        window,
-        offset: 0,
-        immediate: 0,
-    };
+    let write = Write { ticket: 0, source: bench.extent(0, 0..1 << 20), window, offset: 0, immediate: 0 };
     for ticket in 0..LIMIT as u64 {
-        bench
-            .submit(
-                0,
-                1,
-                Write {
-                    ticket,
-                    ..write.clone()
-                },
-            )
-            .unwrap();
+        bench.submit(0, 1, Write { ticket, ..write.clone() }).unwrap();
     }
     let peer = bench.cluster.id(1);
-    assert_eq!(
-        bench.submit(0, 1, write.clone()),
-        Err(SubmitError::Full { peer, limit: LIMIT })
-    );
+    assert_eq!(bench.submit(0, 1, write.clone()), Err(SubmitError::Full { peer, limit: LIMIT }));
     let other = bench.open(2, 0, 0..100);
-    let small = Write {
-        ticket: 50,
-        source: bench.extent(0, 0..100),
-        window: other,
-        offset: 0,
-        immediate: 0,
-    };
+    let small = Write { ticket: 50, source: bench.extent(0, 0..100), window: other, offset: 0, immediate: 0 };
     bench.submit(0, 2, small).unwrap();
     bench.sent(0, 50);
     for ticket in 0..LIMIT as u64 {
@@ -531,17 +387,7 @@ pub(crate) fn severs_in_flight<C: Cluster>() {
             bench.fill(0, at..at + LEN, ticket);
             let source = bench.extent(0, at..at + LEN);
             bench
-                .submit(
-                    0,
-                    1,
-                    Write {
-                        ticket,
-                        source,
-                        window,
-                        offset: at as u64,
-                        immediate: ticket as u32,
-                    },
-                )
+                .submit(0, 1, Write { ticket, source, window, offset: at as u64, immediate: ticket as u32 })
                 .unwrap();
         }
         bench.landed(1, 0);
@@ -549,10 +395,7 @@ pub(crate) fn severs_in_flight<C: Cluster>() {
         let peer = bench.cluster.id(severed);
         bench.cluster.node(severing).sever(peer);
         bench.cluster.node(severing).sever(peer);
-        let asked = Event::Severed {
-            peer,
-            reason: SeverReason::Asked,
-        };
+        let asked = Event::Severed { peer, reason: SeverReason::Asked };
         bench.expect(severing, |e| *e == asked);
         let other = bench.cluster.id(severing);
         bench.expect(
@@ -563,21 +406,14 @@ pub(crate) fn severs_in_flight<C: Cluster>() {
         let mut reports: Vec<u64> = bench.events[0]
             .iter()
             .filter_map(|e| match e {
-                Event::Sent { ticket, .. }
-                | Event::Failed {
-                    ticket,
-                    reason: FailReason::Severed,
-                    ..
-                } => Some(*ticket),
+                Event::Sent { ticket, .. } | Event::Failed { ticket, reason: FailReason::Severed, .. } => {
+                    Some(*ticket)
+                }
                 _ => None,
             })
             .collect();
         reports.sort_unstable();
-        assert_eq!(
-            reports,
-            (0..8).collect::<Vec<_>>(),
-            "each ticket once, before the end"
-        );
+        assert_eq!(reports, (0..8).collect::<Vec<_>>(), "each ticket once, before the end");
         // What was reported as landed had landed.
         for event in &bench.events[1] {
             if let Event::Landed { immediate, .. } = event {
@@ -589,23 +425,10 @@ pub(crate) fn severs_in_flight<C: Cluster>() {
         bench.settle();
         bench.poll(0);
         bench.poll(1);
-        assert!(
-            bench.events.iter().all(VecDeque::is_empty),
-            "after the end: {:?}",
-            bench.events
-        );
+        assert!(bench.events.iter().all(VecDeque::is_empty), "after the end: {:?}", bench.events);
         assert!(bench.read(1, 0..8 * LEN) == at_end, "bytes landed after the end");
-        let write = Write {
-            ticket: 0,
-            source: bench.extent(0, 0..1),
-            window,
-            offset: 0,
-            immediate: 0,
-        };
-        assert!(matches!(
-            bench.submit(0, 1, write),
-            Err(SubmitError::NotConnected { .. })
-        ));
+        let write = Write { ticket: 0, source: bench.extent(0, 0..1), window, offset: 0, immediate: 0 };
+        assert!(matches!(bench.submit(0, 1, write), Err(SubmitError::NotConnected { .. })));
     }
 }
 
@@ -613,21 +436,14 @@ pub(crate) fn severs_in_flight<C: Cluster>() {
 pub(crate) fn severs_what_is_not_connected<C: Cluster>() {
     let mut bench = Bench::<C>::start(2, 16);
     let peer = bench.cluster.id(1);
-    let asked = Event::Severed {
-        peer,
-        reason: SeverReason::Asked,
-    };
+    let asked = Event::Severed { peer, reason: SeverReason::Asked };
     for _ in 0..2 {
         bench.cluster.node(0).sever(peer);
         bench.cluster.node(0).sever(peer);
         bench.expect(0, |e| *e == asked);
         bench.settle();
         bench.poll(0);
-        assert!(
-            bench.events[0].is_empty(),
-            "calls before the answer share it: {:?}",
-            bench.events[0]
-        );
+        assert!(bench.events[0].is_empty(), "calls before the answer share it: {:?}", bench.events[0]);
     }
     // While it is being connected.
     let address = bench.cluster.address(1);
@@ -648,13 +464,8 @@ pub(crate) fn reconnects_without_old_windows<C: Cluster>() {
         bench.connect(round % 2, 1 - round % 2);
         let new = bench.open(1, 0, 0..1000);
         let source = bench.extent(0, 0..1000);
-        let write = |ticket, window| Write {
-            ticket,
-            source: source.clone(),
-            window,
-            offset: 0,
-            immediate: 8,
-        };
+        let write =
+            |ticket, window| Write { ticket, source: source.clone(), window, offset: 0, immediate: 8 };
         bench.submit(0, 1, write(1, old)).unwrap();
         assert_eq!(bench.failed(0, 1), FailReason::Refused);
         bench.submit(0, 1, write(2, new)).unwrap();
@@ -668,38 +479,19 @@ pub(crate) fn reconnects_without_old_windows<C: Cluster>() {
 pub(crate) fn notices_the_dead<C: Cluster>() {
     let mut bench = Bench::<C>::connected(3, 16);
     let window = bench.open(1, 0, 0..8 << 20);
-    let write = Write {
-        ticket: 1,
-        source: bench.extent(0, 0..8 << 20),
-        window,
-        offset: 0,
-        immediate: 0,
-    };
+    let write = Write { ticket: 1, source: bench.extent(0, 0..8 << 20), window, offset: 0, immediate: 0 };
     bench.submit(0, 1, write).unwrap();
     bench.cluster.kill(1);
     let dead = bench.cluster.id(1);
     let begun = Instant::now();
     for node in [0, 2] {
-        bench.expect(
-            node,
-            |e| matches!(e, Event::Severed { peer, .. } if *peer == dead),
-        );
+        bench.expect(node, |e| matches!(e, Event::Severed { peer, .. } if *peer == dead));
     }
-    assert!(
-        begun.elapsed() < Duration::from_secs(2),
-        "noticed only after {:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() < Duration::from_secs(2), "noticed only after {:?}", begun.elapsed());
     assert_eq!(bench.failed(0, 1), FailReason::Severed);
     // The living are not disturbed.
     let window = bench.open(2, 0, 0..1000);
-    let write = Write {
-        ticket: 2,
-        source: bench.extent(0, 0..1000),
-        window,
-        offset: 0,
-        immediate: 4,
-    };
+    let write = Write { ticket: 2, source: bench.extent(0, 0..1000), window, offset: 0, immediate: 4 };
     bench.submit(0, 2, write).unwrap();
     bench.sent(0, 2);
     bench.landed(2, 4);
@@ -711,15 +503,7 @@ pub(crate) fn says_when_nobody_answers<C: Cluster>() {
     let (peer, address) = (bench.cluster.id(1), bench.cluster.address(1));
     bench.cluster.kill(1);
     bench.cluster.node(0).connect(peer, address);
-    bench.expect(0, |e| {
-        matches!(
-            e,
-            Event::Severed {
-                reason: SeverReason::Unreachable(_),
-                ..
-            }
-        )
-    });
+    bench.expect(0, |e| matches!(e, Event::Severed { reason: SeverReason::Unreachable(_), .. }));
 }
 
 /// Points 2, 3: a source that is overwritten as soon as it is free spoils nothing.
@@ -730,19 +514,7 @@ pub(crate) fn sources_are_free_after_sent<C: Cluster>() {
         let window = bench.open(1, 0, 0..LEN);
         bench.fill(0, 0..LEN, round);
         let source = bench.extent(0, 0..LEN);
-        bench
-            .submit(
-                0,
-                1,
-                Write {
-                    ticket: round,
-                    source,
-                    window,
-                    offset: 0,
-                    immediate: 1,
-                },
-            )
-            .unwrap();
+        bench.submit(0, 1, Write { ticket: round, source, window, offset: 0, immediate: 1 }).unwrap();
         bench.sent(0, round);
         bench.fill(0, 0..LEN, 1 << 40);
         bench.landed(1, 1);
@@ -766,13 +538,8 @@ pub(crate) fn both_may_connect<C: Cluster>() {
         }
         for (from, to) in [(0, 1), (1, 0)] {
             let window = bench.open(to, from, 0..1000);
-            let write = Write {
-                ticket: 6,
-                source: bench.extent(from, 2000..3000),
-                window,
-                offset: 0,
-                immediate: 9,
-            };
+            let write =
+                Write { ticket: 6, source: bench.extent(from, 2000..3000), window, offset: 0, immediate: 9 };
             bench.submit(from, to, write).unwrap();
             bench.sent(from, 6);
             bench.landed(to, 9);
