@@ -8,6 +8,7 @@ use router::http::{App, ServeOptions, Settings, serve};
 use router::metrics::Metrics;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
@@ -105,8 +106,17 @@ fn count(text: &str) -> Result<usize, String> {
     }
 }
 
-fn main() -> anyhow::Result<()> {
-    let config: Config = tandem_process::parse("TANDEM_ROUTER");
+fn main() -> ExitCode {
+    match start(tandem_process::parse("TANDEM_ROUTER")) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start(config: Config) -> anyhow::Result<()> {
     config.process.start_logs()?;
     let shutdown = Shutdown::on_signals().context("cannot listen for signals")?;
     let identity = config.tls.identity()?;
@@ -149,11 +159,13 @@ async fn run(config: Config, identity: Identity, model: TextModel, shutdown: Shu
         chat_template = model.template.is_some(),
         "listening"
     );
-    tokio::spawn(dispatcher.clone().listen(events));
+    let listening = tokio::spawn(dispatcher.clone().listen(events));
     let app = App::new(Arc::new(model), dispatcher, metrics, settings);
     let options =
         ServeOptions { max_connections: config.max_connections, drain_timeout: config.process.drain_timeout };
     serve(listener, app, options, shutdown).await;
+    // Nodes that hang up from here on are not lost: it is this process that leaves.
+    listening.abort();
     control.shutdown().await;
     tracing::info!("ended");
     Ok(())

@@ -380,6 +380,7 @@ impl From<Finish> for FinishReason {
 mod tests {
     use super::*;
     use crate::openai::completions::CompletionRequest;
+    use proptest::prelude::*;
     use serde_json::{Value, json};
     use std::path::Path;
     use std::sync::LazyLock;
@@ -557,5 +558,44 @@ mod tests {
         assert!(error.message.contains("maximum context length is 100 tokens"), "{error}");
         assert_eq!(plan(json!({})).unwrap().generation.sampling.seed, 7);
         assert_eq!(plan(json!({"seed": 5})).unwrap().generation.sampling.seed, 5);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(300))]
+
+        /// However the answer is cut up, repeated and overtaken by its own first token.
+        #[test]
+        fn any_delivery_makes_the_same_text(
+            cuts in prop::collection::vec((0usize..20, 0usize..20), 0..12),
+            first_at in 0usize..12,
+            stop in prop::option::of("[a-z ]{1,3}"),
+        ) {
+            let answer = [ids("the quick brown fox, é🦀漢 jumps over"), vec![EOT]].concat();
+            let whole = TINY.tokenizer.decode(&answer, true).unwrap();
+            let mut life = life(json!({"stop": stop}));
+            let mut have = 1;
+            let mut order: Vec<Option<(usize, usize)>> = Vec::new();
+            for (back, len) in cuts {
+                // Starts at or before what is there already, as an honest node's messages do.
+                let start = have - back.min(have - 1);
+                let end = (start + len).min(answer.len());
+                have = have.max(end);
+                order.push(Some((start, end)));
+            }
+            order.push(Some((have, answer.len())));
+            order.insert(first_at.min(order.len()), None);
+            for message in order {
+                match message {
+                    None => life.handle_first(first(&answer[..1])).unwrap(),
+                    Some((start, end)) => {
+                        let finish = (end == answer.len()).then_some(Finish::Stop);
+                        life.handle_tokens(next(0, start as u32, &answer[start..end], finish)).unwrap();
+                    }
+                }
+            }
+            let cut = stop.and_then(|stop| whole.find(&stop)).unwrap_or(whole.len());
+            prop_assert!(life.is_over());
+            prop_assert_eq!(collect(&mut life), [(whole[..cut].to_owned(), Some(FinishReason::Stop))]);
+        }
     }
 }

@@ -10,8 +10,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-/// Events that wait for the client. Beyond the socket's own buffer, this is all that is kept for it.
-const WAITING: usize = 64;
+/// Events that wait for the client, each with the tokens of one message from a node. Beyond the socket's own
+/// buffer, this is all that is kept for it.
+const WAITING: usize = 16;
 
 /// The end of a stream that events are written to.
 #[derive(Debug)]
@@ -33,7 +34,6 @@ pub enum Unsent {
 
 /// A stream of events, and the body that carries it to the client. A client that does not read for
 /// `patience` is given up.
-#[must_use]
 pub fn channel(patience: Duration) -> (EventSender, Body) {
     let (sender, receiver) = mpsc::channel(WAITING);
     (EventSender { sender, patience }, Body::from_stream(Events(receiver)))

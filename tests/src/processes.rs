@@ -56,7 +56,11 @@ pub struct Process {
 fn binaries() -> PathBuf {
     let this = std::env::current_exe().expect("a running program has a path");
     let dir = this.parent().expect("a file lies in a folder");
-    if dir.ends_with("deps") { dir.parent().expect("deps lies in a folder").to_owned() } else { dir.to_owned() }
+    if dir.ends_with("deps") {
+        dir.parent().expect("deps lies in a folder").to_owned()
+    } else {
+        dir.to_owned()
+    }
 }
 
 /// The folder of a model: `tiny` is in the project; others are looked for in `TANDEM_MODELS_DIR` and in
@@ -145,14 +149,27 @@ impl Cluster {
         let tls = std::env::temp_dir().join(format!("tandem-test-{}-{:x}", std::process::id(), unique()));
         let (model, tls_dir) = (options.model.display().to_string(), tls.display().to_string());
         let flags = |pairs: &[(&str, &str)], more: &[String]| -> Vec<String> {
-            pairs.iter().flat_map(|(flag, value)| [format!("--{flag}"), (*value).into()]).chain(more.iter().cloned()).collect()
+            pairs
+                .iter()
+                .flat_map(|(flag, value)| [format!("--{flag}"), (*value).into()])
+                .chain(more.iter().cloned())
+                .collect()
         };
         let router_flags = flags(
-            &[("listen", "127.0.0.1:0"), ("control", "127.0.0.1:0"), ("model", &model), ("tls-dir", &tls_dir), ("log-format", "json")],
+            &[
+                ("listen", "127.0.0.1:0"),
+                ("control", "127.0.0.1:0"),
+                ("model", &model),
+                ("tls-dir", &tls_dir),
+                ("log-format", "json"),
+            ],
             &options.router_flags,
         );
-        let mut cluster =
-            Cluster { processes: vec![Process::start("router", "router", &router_flags)], url: String::new(), tls };
+        let mut cluster = Cluster {
+            processes: vec![Process::start("router", "router", &router_flags)],
+            url: String::new(),
+            tls,
+        };
         let control = cluster.wait_for_router();
         let node = |name: &str, binary: &str| {
             let given = [("name", name), ("model", &model), ("router", &control), ("tls-dir", &tls_dir)];
@@ -164,7 +181,9 @@ impl Cluster {
         cluster.processes.extend(nodes);
         let (prefill, decode) = (options.prefill, options.decode);
         cluster.wait("not ready", |cluster| {
-            let up = |role: &str| cluster.metric(&format!("tandem_nodes{{role=\"{role}\"}}"));
+            let up = |role: &str| {
+                cluster.metric(&format!("tandem_router_nodes{{role=\"{role}\",state=\"available\"}}"))
+            };
             (up("prefill") == Some(prefill as f64) && up("decode") == Some(decode as f64)).then_some(())
         });
         cluster
@@ -211,6 +230,16 @@ impl Cluster {
         metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
     }
 
+    /// The value of a metric of one node's, by the node's name.
+    #[must_use]
+    pub fn node_metric(&self, name: &str, node: &str) -> Option<f64> {
+        let (_, metrics) = self.get("/metrics")?;
+        let of_node = format!("name=\"{node}\"");
+        let line =
+            metrics.lines().find(|line| line.starts_with(&format!("{name}{{")) && line.contains(&of_node))?;
+        line.rsplit(' ').next()?.parse().ok()
+    }
+
     /// Waits until `done` gives something.
     ///
     /// # Panics
@@ -221,9 +250,13 @@ impl Cluster {
             if let Some(value) = done(self) {
                 return value;
             }
-            let ended = self.processes.iter_mut().find_map(|process| process.has_ended().then(|| process.name.clone()));
+            let ended = self
+                .processes
+                .iter_mut()
+                .find_map(|process| process.has_ended().then(|| process.name.clone()));
             if ended.is_some() || Instant::now() > until {
-                let logs: Vec<_> = self.processes.iter().map(|p| format!("--- {}\n{}", p.name, p.log())).collect();
+                let logs: Vec<_> =
+                    self.processes.iter().map(|p| format!("--- {}\n{}", p.name, p.log())).collect();
                 panic!("{what}; ended: {ended:?}\n{}", logs.join("\n"));
             }
             std::thread::sleep(Duration::from_millis(20));

@@ -64,7 +64,8 @@ fn ask(cluster: &Cluster, prompt: &[TokenId]) -> Value {
 
 /// The log probabilities of the chosen tokens, as bits.
 fn chosen(answer: &Value) -> Vec<u32> {
-    let logprobs = answer["choices"][0]["logprobs"]["token_logprobs"].as_array().expect("they were asked for");
+    let logprobs =
+        answer["choices"][0]["logprobs"]["token_logprobs"].as_array().expect("they were asked for");
     logprobs.iter().map(|value| (value.as_f64().expect("a number") as f32).to_bits()).collect()
 }
 
@@ -95,15 +96,21 @@ fn two_hundred_prompts_are_what_one_process_computes() {
     for (at, (expected, answer)) in reference(&prompts).iter().zip(answers).enumerate() {
         let answer = answer.into_inner().expect("one writer").expect("every prompt was answered");
         let tokens: Vec<_> = expected.tokens.iter().map(|sampled| sampled.token).collect();
-        let bits: Vec<_> = expected.tokens.iter().filter_map(|s| s.logprobs.as_ref()).map(|l| l.chosen.to_bits()).collect();
+        let bits: Vec<_> =
+            expected.tokens.iter().filter_map(|s| s.logprobs.as_ref()).map(|l| l.chosen.to_bits()).collect();
         assert_eq!(chosen(&answer), bits, "prompt {at} of {} tokens: log probabilities", prompts[at].len());
         let said = answer["choices"][0]["text"].as_str().expect("a text");
-        assert_eq!(said, text.tokenizer.decode(&tokens, true).expect("its own tokens"), "prompt {at} of {} tokens", prompts[at].len());
+        assert_eq!(
+            said,
+            text.tokenizer.decode(&tokens, true).expect("its own tokens"),
+            "prompt {at} of {} tokens",
+            prompts[at].len()
+        );
         assert_eq!(answer["usage"]["prompt_tokens"], prompts[at].len());
         reused += answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a count");
     }
     println!("{PROMPTS} prompts equal; {reused} prompt tokens were reused");
     cluster.wait("not everything was freed", |cluster| {
-        (cluster.metric("tandem_requests_running")? == 0.0).then_some(())
+        (cluster.metric("tandem_router_requests_running")? == 0.0).then_some(())
     });
 }

@@ -13,12 +13,13 @@ fn tiny() -> ClusterOptions {
 }
 
 fn long_stream() -> String {
-    json!({"model": "tiny", "prompt": "Once", "max_tokens": 8000, "ignore_eos": true, "stream": true}).to_string()
+    json!({"model": "tiny", "prompt": "Once", "max_tokens": 8000, "ignore_eos": true, "stream": true})
+        .to_string()
 }
 
 fn wait_until_idle(cluster: &mut Cluster) {
     cluster.wait("a request is held", |cluster| {
-        (cluster.metric("tandem_requests_running")? == 0.0).then_some(())
+        (cluster.metric("tandem_router_requests_running")? == 0.0).then_some(())
     });
 }
 
@@ -36,9 +37,13 @@ fn a_killed_decode_node_ends_its_streams_with_an_error() {
     let killed = Instant::now();
     let rest: Vec<String> = stream.lines().map_while(Result::ok).collect();
     assert!(killed.elapsed() < Duration::from_secs(10), "noticed after {:?}", killed.elapsed());
-    assert!(rest.iter().any(|line| line.starts_with("data: {\"error\"")), "no error frame: {:?}", rest.last());
+    assert!(
+        rest.iter().any(|line| line.starts_with("data: {\"error\"")),
+        "no error frame: {:?}",
+        rest.last()
+    );
     let until = Instant::now() + Duration::from_secs(10);
-    while cluster.metric("tandem_requests_running") != Some(0.0) {
+    while cluster.metric("tandem_router_requests_running") != Some(0.0) {
         assert!(Instant::now() < until, "the request is held");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -49,7 +54,10 @@ fn a_killed_decode_node_ends_its_streams_with_an_error() {
 #[test]
 fn a_client_that_goes_away_frees_everything() {
     let mut cluster = Cluster::start(&tiny());
-    let before = cluster.metric("tandem_node_free_pages{node=\"decode-0\"}");
+    let answered = cluster.post("/v1/completions", &json!({"model": "tiny", "prompt": "Once"}).to_string());
+    assert_eq!(answered.0, 200);
+    wait_until_idle(&mut cluster);
+    let before = cluster.node_metric("tandem_router_node_free_pages", "decode-0");
     let (status, mut stream) = cluster.post_stream("/v1/completions", &long_stream());
     assert_eq!(status, 200);
     let mut line = String::new();
@@ -57,7 +65,7 @@ fn a_client_that_goes_away_frees_everything() {
     drop(stream);
     wait_until_idle(&mut cluster);
     cluster.wait("the decode node holds pages", |cluster| {
-        (cluster.metric("tandem_node_free_pages{node=\"decode-0\"}") == before).then_some(())
+        (cluster.node_metric("tandem_router_node_free_pages", "decode-0") == before).then_some(())
     });
 }
 
@@ -75,9 +83,13 @@ fn asked_to_finish_a_node_finishes_what_it_has() {
 fn a_model_that_cannot_run_is_refused_with_the_reason() {
     let dir = std::env::temp_dir().join(format!("tandem-refused-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a folder");
-    std::fs::write(dir.join("config.json"), r#"{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}"#)
-        .expect("a file");
-    let output = Command::new(binary("prefill-node")).arg("--model").arg(&dir).arg("--tls-dir").arg(&dir).output();
+    std::fs::write(
+        dir.join("config.json"),
+        r#"{"architectures": ["MambaForCausalLM"], "model_type": "mamba"}"#,
+    )
+    .expect("a file");
+    let output =
+        Command::new(binary("prefill-node")).arg("--model").arg(&dir).arg("--tls-dir").arg(&dir).output();
     let output = output.expect("it starts");
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     std::fs::remove_dir_all(&dir).expect("its own folder");

@@ -76,7 +76,8 @@ impl Tokenizer {
     /// The tokens of `text`. With `add_special_tokens` the tokenizer may add tokens at the start and end, as
     /// it does for a plain prompt; a rendered chat template already holds them.
     ///
-    /// Special tokens that are spelled out in `text` become special tokens, as with Hugging Face.
+    /// Special tokens that are spelled out in `text` become special tokens, as with Hugging Face: a chat
+    /// template works by this. Whoever puts text of others into a prompt has to remove them from it first.
     ///
     /// # Errors
     /// When the text is too long or cannot be tokenized.

@@ -70,7 +70,10 @@ fn main() -> anyhow::Result<()> {
         if let Some(cluster) = &cluster {
             for _ in 0..3 {
                 figures.add("TTFT 2000, one process, ms".into(), ours.ttft()?);
-                figures.add("TTFT 2000, disaggregated, ms".into(), cluster_ttft(cluster, &ours.prompt(TTFT_PROMPT))?);
+                figures.add(
+                    "TTFT 2000, disaggregated, ms".into(),
+                    cluster_ttft(cluster, &ours.prompt(TTFT_PROMPT))?,
+                );
             }
         }
     }
@@ -135,7 +138,11 @@ impl Ours {
 }
 
 fn start_cluster(options: &Options) -> anyhow::Result<Cluster> {
-    ensure!(options.model.join("tokenizer.json").exists(), "{} has no tokenizer.json", options.model.display());
+    ensure!(
+        options.model.join("tokenizer.json").exists(),
+        "{} has no tokenizer.json",
+        options.model.display()
+    );
     let mut cluster = ClusterOptions::new(&options.model);
     cluster.node_flags = vec!["--threads".into(), options.threads.to_string()];
     cluster.router_flags = vec!["--served-model-name".into(), "bench".into()];
@@ -169,9 +176,13 @@ fn measure_peer(python: &Path, options: &Options, figures: &mut Figures) -> anyh
         .with_context(|| format!("{}", python.display()))?;
     ensure!(output.status.success(), "the peer failed: {}", String::from_utf8_lossy(&output.stderr));
     let found: Value = serde_json::from_slice(&output.stdout)?;
-    let speed = |value: &Value| value["tokens_per_s"].as_f64().context("the peer's figures have tokens_per_s");
+    let speed =
+        |value: &Value| value["tokens_per_s"].as_f64().context("the peer's figures have tokens_per_s");
     for tokens in PREFILL {
-        figures.add(format!("transformers: prefill {tokens}, tokens/s"), speed(&found["prefill"][tokens.to_string()])?);
+        figures.add(
+            format!("transformers: prefill {tokens}, tokens/s"),
+            speed(&found["prefill"][tokens.to_string()])?,
+        );
     }
     figures.add("transformers: decode, 1 stream, tokens/s".into(), speed(&found["decode_best"])?);
     Ok(())
@@ -216,19 +227,30 @@ fn report(options: &Options, figures: &Figures) -> anyhow::Result<()> {
         ratio(format!("{name}: ours / transformers"), name, &format!("transformers: {name}"));
     }
     ratio(format!("decode: {STREAMS} streams / 1 stream"), &many, one);
-    ratio("TTFT 2000: disaggregated / one process".into(), "TTFT 2000, disaggregated, ms", "TTFT 2000, one process, ms");
+    ratio(
+        "TTFT 2000: disaggregated / one process".into(),
+        "TTFT 2000, disaggregated, ms",
+        "TTFT 2000, one process, ms",
+    );
     println!();
     for (what, value) in &ratios {
         println!("{what:<60} {value:.3}");
     }
     if let Some(file) = &options.json {
-        let values: serde_json::Map<_, _> = figures.0.iter().map(|(name, values)| (name.clone(), json!(values))).collect();
-        let ratios: serde_json::Map<_, _> = ratios.into_iter().map(|(what, value)| (what, json!(value))).collect();
+        let values: serde_json::Map<_, _> =
+            figures.0.iter().map(|(name, values)| (name.clone(), json!(values))).collect();
+        let ratios: serde_json::Map<_, _> =
+            ratios.into_iter().map(|(what, value)| (what, json!(value))).collect();
         let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let cpu = cpu.lines().find_map(|line| line.strip_prefix("model name")).unwrap_or("").trim_start_matches(['\t', ':', ' ']);
+        let cpu = cpu
+            .lines()
+            .find_map(|line| line.strip_prefix("model name"))
+            .unwrap_or("")
+            .trim_start_matches(['\t', ':', ' ']);
         let command: Vec<_> = std::env::args().collect();
         let all = json!({"cpu": cpu, "threads": options.threads, "model": options.model, "command": command.join(" "), "measured": values, "ratios": ratios});
-        std::fs::write(file, serde_json::to_string_pretty(&all)?).with_context(|| format!("{}", file.display()))?;
+        std::fs::write(file, serde_json::to_string_pretty(&all)?)
+            .with_context(|| format!("{}", file.display()))?;
     }
     Ok(())
 }

@@ -26,6 +26,8 @@ use tandem_text::TextModel;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// The status, in metrics alone, of a request whose client left before there was a response.
+const CLIENT_GONE: u16 = 499;
 /// The longest request id that is taken from a client.
 const MAX_REQUEST_ID: usize = 128;
 
@@ -208,12 +210,25 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
         None => HeaderValue::from_str(&format!("req-{:032x}", random()))
             .unwrap_or(HeaderValue::from_static("req")),
     };
+    let mut exchange = Exchange { app, endpoint, status: CLIENT_GONE };
     let mut response = next.run(request).await;
-    let status = response.status();
-    tracing::debug!(endpoint, status = status.as_u16(), request_id = ?id, "answered");
-    app.metrics.count_response(endpoint, status.as_u16());
+    exchange.status = response.status().as_u16();
+    tracing::debug!(endpoint, status = exchange.status, request_id = ?id, "answered");
     response.headers_mut().insert(REQUEST_ID, id);
     response
+}
+
+/// Counts an exchange when its response begins, or when it is dropped before.
+struct Exchange {
+    app: Arc<App>,
+    endpoint: &'static str,
+    status: u16,
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        self.app.metrics.count_response(self.endpoint, self.status);
+    }
 }
 
 /// A path as metrics name it: a fixed set, whatever clients ask for.

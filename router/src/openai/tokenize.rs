@@ -28,7 +28,7 @@ pub enum TokenizeContent {
     /// Plain text.
     Prompt(String),
     /// A conversation.
-    Chat(ChatInput),
+    Chat(Box<ChatInput>),
 }
 
 impl TokenizeRequest {
@@ -40,7 +40,7 @@ impl TokenizeRequest {
         let fields = Fields::body(body)?;
         let content = match (fields.string("prompt")?, fields.get("messages")) {
             (Some(prompt), None) => TokenizeContent::Prompt(prompt.to_owned()),
-            (None, Some(_)) => TokenizeContent::Chat(super::chat::input(&fields)?),
+            (None, Some(_)) => TokenizeContent::Chat(Box::new(super::chat::input(&fields)?)),
             (Some(_), Some(_)) => {
                 return Err(ApiError::field("messages", "'prompt' and 'messages' exclude each other."));
             }

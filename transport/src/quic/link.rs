@@ -34,6 +34,7 @@ pub(super) struct Link {
     /// Bytes submitted and not reported.
     load: AtomicU64,
     sent: Mutex<Sent>,
+    more_refused: Notify,
     /// Encoded, to be sent.
     acks: Mutex<Vec<u8>>,
     more_acks: Notify,
@@ -65,6 +66,7 @@ impl Link {
             more_jobs: Notify::new(),
             load: AtomicU64::new(0),
             sent: Mutex::default(),
+            more_refused: Notify::new(),
             acks: Mutex::default(),
             more_acks: Notify::new(),
         })
@@ -130,7 +132,12 @@ impl Link {
                 return;
             };
             let sequence = job.sequence;
-            match send_write(&mut stream, job).await {
+            let outcome = tokio::select! {
+                outcome = send_write(&mut stream, job) => outcome,
+                // QUIC wakes the writer of a stopped stream only if both its windows have room.
+                () = self.refused(sequence) => Ok(()),
+            };
+            match outcome {
                 // A refused write is stopped by the reader, whose acknowledgement follows.
                 Ok(()) | Err(WriteError::Stopped(_)) => {}
                 Err(_) => return,
@@ -147,6 +154,17 @@ impl Link {
             if let Some(stream) = refused {
                 self.settle(&node, &life, stream, Ack { sequence, landed: false });
             }
+        }
+    }
+
+    /// Waits until the reader has refused a write that is being handed to QUIC.
+    async fn refused(&self, sequence: u64) {
+        loop {
+            let more = self.more_refused.notified();
+            if lock(&self.sent).refused.contains(&sequence) {
+                return;
+            }
+            more.await;
         }
     }
 
@@ -264,6 +282,7 @@ impl Link {
                 let stream = sent.streams.remove(&ack.sequence);
                 if stream.is_none() && !ack.landed && sent.refused.len() < node.config.write_limit {
                     sent.refused.insert(ack.sequence);
+                    self.more_refused.notify_waiters();
                 }
                 stream
             };

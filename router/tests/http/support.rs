@@ -21,16 +21,16 @@ use tandem_text::TextModel;
 use tandem_transport::Identity;
 use tandem_transport::control::{Control, ControlEvent, Lane, Limits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 /// Beyond this, something hangs.
-pub const PATIENCE: Duration = Duration::from_secs(10);
-pub const EOT: TokenId = TokenId(1);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const EOT: TokenId = TokenId(1);
 
-pub static MODEL: LazyLock<Arc<TextModel>> = LazyLock::new(|| {
+pub(crate) static MODEL: LazyLock<Arc<TextModel>> = LazyLock::new(|| {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny");
     Arc::new(TextModel::load(&dir).unwrap())
 });
@@ -52,14 +52,14 @@ fn bind() -> (Control, mpsc::Receiver<ControlEvent>, NodeId) {
 }
 
 /// What differs between tests.
-pub struct Options {
-    pub generation_timeout: Duration,
-    pub client_timeout: Duration,
-    pub drain_timeout: Duration,
-    pub max_requests: usize,
-    pub max_queue: usize,
-    pub queue_timeout: Duration,
-    pub max_body: usize,
+pub(crate) struct Options {
+    pub(crate) generation_timeout: Duration,
+    pub(crate) client_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
+    pub(crate) max_requests: usize,
+    pub(crate) max_queue: usize,
+    pub(crate) queue_timeout: Duration,
+    pub(crate) max_body: usize,
 }
 
 impl Default for Options {
@@ -76,16 +76,16 @@ impl Default for Options {
     }
 }
 
-pub struct Router {
-    pub http: SocketAddr,
-    pub dispatcher: Arc<Dispatcher>,
-    pub shutdown: Shutdown,
-    pub served: JoinHandle<()>,
+pub(crate) struct Router {
+    pub(crate) http: SocketAddr,
+    pub(crate) dispatcher: Arc<Dispatcher>,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) served: JoinHandle<()>,
     control: Control,
 }
 
 impl Router {
-    pub async fn start(options: Options) -> Router {
+    pub(crate) async fn start(options: Options) -> Router {
         let (control, events, _) = bind();
         let metrics = Arc::new(Metrics::default());
         let limits = dispatch::Limits {
@@ -114,7 +114,7 @@ impl Router {
     }
 
     /// A router with one prefill and one decode node.
-    pub async fn with_pair(options: Options) -> (Router, Node, Node) {
+    pub(crate) async fn with_pair(options: Options) -> (Router, Node, Node) {
         let router = Router::start(options).await;
         let prefill = router.join(Role::Prefill).await;
         let decode = router.join(Role::Decode).await;
@@ -122,7 +122,7 @@ impl Router {
     }
 
     /// A node that the router has taken in.
-    pub async fn join(&self, role: Role) -> Node {
+    pub(crate) async fn join(&self, role: Role) -> Node {
         let before = self.dispatcher.members().len();
         let node = self.introduce(role, |_| ()).await;
         self.until(|router| router.dispatcher.members().len() > before).await;
@@ -130,7 +130,7 @@ impl Router {
     }
 
     /// A node that said hello, with whatever `change` makes of that.
-    pub async fn introduce(&self, role: Role, change: impl FnOnce(&mut Hello)) -> Node {
+    pub(crate) async fn introduce(&self, role: Role, change: impl FnOnce(&mut Hello)) -> Node {
         let (control, events, id) = bind();
         let mut hello = Hello {
             node: id,
@@ -157,7 +157,7 @@ impl Router {
     }
 
     /// Waits until `test` holds.
-    pub async fn until(&self, test: impl Fn(&Router) -> bool) {
+    pub(crate) async fn until(&self, test: impl Fn(&Router) -> bool) {
         let wait = async {
             while !test(self) {
                 tokio::time::sleep(Duration::from_millis(5)).await;
@@ -166,21 +166,27 @@ impl Router {
         timeout(PATIENCE, wait).await.expect("it did not come true in time");
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.exchange("GET", path, &[], b"").await
     }
 
-    pub async fn post(&self, path: &str, body: Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: Value) -> Answer {
         self.exchange("POST", path, &[("content-type", "application/json")], body.to_string().as_bytes())
             .await
     }
 
-    pub async fn exchange(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Answer {
+    pub(crate) async fn exchange(
+        &self,
+        method: &str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &[u8],
+    ) -> Answer {
         Client::send(self.http, method, path, headers, body).await.answer().await
     }
 
     /// The value of an unlabelled metric.
-    pub async fn metric(&self, name: &str) -> u64 {
+    pub(crate) async fn metric(&self, name: &str) -> u64 {
         let text = self.get("/metrics").await.body;
         let line = text
             .lines()
@@ -191,15 +197,15 @@ impl Router {
 }
 
 /// A node that does what the test says.
-pub struct Node {
+pub(crate) struct Node {
     control: Control,
     events: mpsc::Receiver<ControlEvent>,
     router: NodeId,
-    pub id: NodeId,
+    pub(crate) id: NodeId,
 }
 
 impl Node {
-    pub fn send(&self, message: Message) {
+    pub(crate) fn send(&self, message: Message) {
         self.control.send(self.router, Lane::Main, wire::encode(&message).unwrap()).unwrap();
     }
 
@@ -207,7 +213,7 @@ impl Node {
         timeout(PATIENCE, self.events.recv()).await.expect("nothing came from the router").unwrap()
     }
 
-    pub async fn message(&mut self) -> (Lane, Message) {
+    pub(crate) async fn message(&mut self) -> (Lane, Message) {
         loop {
             match self.event().await {
                 ControlEvent::Frame { lane, bytes, .. } => return (lane, wire::decode(&bytes).unwrap()),
@@ -217,14 +223,14 @@ impl Node {
         }
     }
 
-    pub async fn submit(&mut self) -> Submit {
+    pub(crate) async fn submit(&mut self) -> Submit {
         match self.message().await {
             (Lane::Main, Message::Submit(submit)) => submit,
             other => panic!("{other:?} is not Submit"),
         }
     }
 
-    pub async fn expect(&mut self) -> Expect {
+    pub(crate) async fn expect(&mut self) -> Expect {
         match self.message().await {
             (Lane::Main, Message::Expect(expect)) => expect,
             other => panic!("{other:?} is not Expect"),
@@ -232,7 +238,7 @@ impl Node {
     }
 
     /// Waits for the two cancels of `request`, one on each lane.
-    pub async fn cancelled(&mut self, request: RequestId) {
+    pub(crate) async fn cancelled(&mut self, request: RequestId) {
         let mut lanes = Vec::new();
         while lanes.len() < 2 {
             match self.message().await {
@@ -245,22 +251,22 @@ impl Node {
     }
 
     /// Waits until the router hangs up.
-    pub async fn closed(&mut self) {
+    pub(crate) async fn closed(&mut self) {
         while !matches!(self.event().await, ControlEvent::Down { .. }) {}
     }
 
     /// Leaves as a crashed process does: without a word to requests.
-    pub async fn crash(self) {
+    pub(crate) async fn crash(self) {
         self.control.close(self.router);
         self.control.shutdown().await;
     }
 
-    pub fn first(&self, request: RequestId, tokens: &[TokenId]) {
+    pub(crate) fn first(&self, request: RequestId, tokens: &[TokenId]) {
         let tokens = sampled(tokens);
         self.send(Message::FirstTokens(FirstTokens { request, tokens, cached_tokens: 2 }));
     }
 
-    pub fn tokens(
+    pub(crate) fn tokens(
         &self,
         request: RequestId,
         choice: u32,
@@ -273,22 +279,22 @@ impl Node {
     }
 }
 
-pub fn sampled(tokens: &[TokenId]) -> Vec<Sampled> {
+pub(crate) fn sampled(tokens: &[TokenId]) -> Vec<Sampled> {
     tokens.iter().map(|token| Sampled { token: *token, logprobs: None }).collect()
 }
 
-pub fn with_logprobs(tokens: &[TokenId], top: u32) -> Vec<Sampled> {
+pub(crate) fn with_logprobs(tokens: &[TokenId], top: u32) -> Vec<Sampled> {
     let logprobs =
         Logprobs { chosen: -0.5, top: (0..top).map(|id| (TokenId(100 + id), -1.0 - id as f32)).collect() };
     tokens.iter().map(|token| Sampled { token: *token, logprobs: Some(logprobs.clone()) }).collect()
 }
 
-pub fn ids(text: &str) -> Vec<TokenId> {
+pub(crate) fn ids(text: &str) -> Vec<TokenId> {
     MODEL.tokenizer.encode(text, false).unwrap()
 }
 
 /// A pair that gives the same answer to every request, for as long as the returned tasks live.
-pub fn answering(prefill: Node, decode: Node, text: &str) -> (JoinHandle<()>, JoinHandle<()>) {
+pub(crate) fn answering(prefill: Node, decode: Node, text: &str) -> (JoinHandle<()>, JoinHandle<()>) {
     let answer = [ids(text), vec![EOT]].concat();
     let first = answer[0];
     let prefilling = tokio::spawn(async move {
@@ -351,28 +357,31 @@ impl Node {
 }
 
 /// A connection with one request on it.
-pub struct Client {
+pub(crate) struct Client {
     stream: TcpStream,
-    pub received: Vec<u8>,
+    pub(crate) received: Vec<u8>,
 }
 
 /// A response.
 #[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: Vec<(String, String)>,
-    pub body: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
 }
 
 impl Client {
-    pub async fn send(
+    pub(crate) async fn send(
         http: SocketAddr,
         method: &str,
         path: &str,
         headers: &[(&str, &str)],
         body: &[u8],
     ) -> Client {
-        let mut stream = TcpStream::connect(http).await.unwrap();
+        let socket = TcpSocket::new_v4().unwrap();
+        // Small, so that a test need not send much until a client that does not read is felt.
+        socket.set_recv_buffer_size(16 << 10).unwrap();
+        let mut stream = socket.connect(http).await.unwrap();
         let mut head = format!("{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n");
         for (name, value) in headers {
             head.push_str(&format!("{name}: {value}\r\n"));
@@ -386,13 +395,13 @@ impl Client {
         Client { stream, received: Vec::new() }
     }
 
-    pub async fn post(router: &Router, path: &str, body: Value) -> Client {
+    pub(crate) async fn post(router: &Router, path: &str, body: Value) -> Client {
         let headers = [("content-type", "application/json")];
         Client::send(router.http, "POST", path, &headers, body.to_string().as_bytes()).await
     }
 
     /// Reads until what came holds `text`.
-    pub async fn until(&mut self, text: &str) {
+    pub(crate) async fn until(&mut self, text: &str) {
         while !String::from_utf8_lossy(&self.received).contains(text) {
             let mut part = [0; 4096];
             let read =
@@ -402,7 +411,7 @@ impl Client {
         }
     }
 
-    pub async fn answer(mut self) -> Answer {
+    pub(crate) async fn answer(mut self) -> Answer {
         timeout(PATIENCE, self.stream.read_to_end(&mut self.received)).await.expect("no end came").unwrap();
         let end = self.received.windows(4).position(|w| w == b"\r\n\r\n").expect("no head came");
         let head = String::from_utf8(self.received[..end].to_vec()).unwrap();
@@ -433,16 +442,16 @@ impl Client {
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {}", self.body))
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(have, _)| have == name).map(|(_, value)| value.as_str())
     }
 
     /// The events of a stream; the last one is `[DONE]` or an error.
-    pub fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         assert_eq!(self.status, 200, "{}", self.body);
         let events = self.body.split_terminator("\n\n").map(|event| event.strip_prefix("data: ").unwrap());
         events

@@ -1,11 +1,9 @@
 //! What goes wrong: clients that leave or do not read, nodes that are lost, lie or say nothing, and a router
 //! that has too much to do or is asked to end.
 
-mod support;
-
+use crate::support::{Client, EOT, Options, Router, answering, ids, with_logprobs};
 use serde_json::{Value, json};
 use std::time::Duration;
-use support::{Client, EOT, Options, Router, answering, ids, with_logprobs};
 use tandem_proto::ids::{ChoiceIdx, NodeId};
 use tandem_proto::keys::Fingerprint;
 use tandem_proto::wire::{Finish, Message, RequestError, Role, Tokens};
@@ -36,13 +34,15 @@ async fn a_client_that_leaves_frees_both_nodes() {
     }
     assert_eq!(router.metric("tandem_router_client_disconnects_total").await, 2);
     assert_eq!(router.metric("tandem_router_requests_running").await, 0);
+    let gone = "tandem_router_http_requests_total{endpoint=\"/v1/completions\",status=\"499\"}";
+    assert_eq!(router.metric(gone).await, 1);
 }
 
 #[tokio::test]
 async fn a_client_that_does_not_read_is_given_up() {
     let options = Options { client_timeout: Duration::from_millis(300), ..Options::default() };
     let (router, mut prefill, mut decode) = Router::with_pair(options).await;
-    // Some 12 MB of alternatives, more than the sockets' buffers hold.
+    // Some 12 MB of alternatives: more than buffers hold.
     let body = json!({
         "model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "stream": true, "logprobs": true,
         "top_logprobs": 20, "max_tokens": 8000, "ignore_eos": true,
@@ -52,9 +52,9 @@ async fn a_client_that_does_not_read_is_given_up() {
     prefill.submit().await;
     let word = ids("word")[0];
     prefill.first(request, &[word]);
-    for part in 0..79 {
-        let tokens = with_logprobs(&[word; 100], 20);
-        let start = 1 + part * 100;
+    for part in 0..399 {
+        let tokens = with_logprobs(&[word; 20], 20);
+        let start = 1 + part * 20;
         decode.send(Message::Tokens(Tokens { request, choice: ChoiceIdx(0), start, tokens, finish: None }));
     }
     decode.cancelled(request).await;
@@ -294,7 +294,7 @@ async fn draining_finishes_what_runs_and_takes_nothing_new() {
     assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &json!("shutting_down")));
     decode.tokens(request, 0, 1, &answer[1..], Some(Finish::Stop));
     assert_eq!(running.answer().await.events().pop().unwrap(), "[DONE]");
-    tokio::time::timeout(support::PATIENCE, router.served).await.unwrap().unwrap();
+    tokio::time::timeout(crate::support::PATIENCE, router.served).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -309,7 +309,7 @@ async fn what_does_not_finish_while_draining_is_cut_off() {
     router.shutdown.request();
     assert_eq!(running.answer().await.events().pop().unwrap()["error"]["code"], "shutting_down");
     decode.cancelled(request).await;
-    tokio::time::timeout(support::PATIENCE, router.served).await.unwrap().unwrap();
+    tokio::time::timeout(crate::support::PATIENCE, router.served).await.unwrap().unwrap();
 }
 
 #[tokio::test]
