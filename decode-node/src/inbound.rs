@@ -246,7 +246,7 @@ impl Inbound {
             match event {
                 Event::Landed { peer, immediate, .. } => self.receiver.landed(peer, immediate),
                 Event::Severed { peer, reason } => {
-                    self.receiver.peer_lost(self.clock.now(), peer, &reason.to_string());
+                    tracing::debug!(prefill = %peer, %reason, "transport severed");
                     self.receiver.severed(peer);
                 }
                 // A decode node writes nothing.

@@ -17,8 +17,13 @@ use tandem_transport::control::frame::Decoder;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 4] =
-    [("wire", wire_message), ("frames", frames), ("immediate", immediate), ("handoff", handoff)];
+pub const TARGETS: [Target; 5] = [
+    ("wire", wire_message),
+    ("frames", frames),
+    ("transport", tandem_transport::decode_anything),
+    ("immediate", immediate),
+    ("handoff", handoff),
+];
 
 /// A message that is decoded is encoded to something that decodes to the same.
 pub fn wire_message(input: &[u8]) {

@@ -282,20 +282,29 @@ impl Outbound {
         }
     }
 
-    /// The way to a decode node is closed, or could not be opened.
+    /// The way to a decode node is closed, or could not be opened: cuts what is left of it.
     fn unlink(&mut self, peer: NodeId, why: &str) {
-        if self.links.remove(&peer).is_none() {
-            return;
+        if self.forget_link(peer, why) {
+            self.sender.peer_lost(self.clock.now(), peer, why);
+            self.sever(peer);
         }
-        tracing::warn!(decode = %peer, why, "link to decode node lost");
-        self.sender.peer_lost(self.clock.now(), peer, why);
-        self.sever(peer);
-        self.arrived.push_back(Arrival::DecodeLost(peer, why.to_owned()));
     }
 
+    /// Whether there was a link.
+    fn forget_link(&mut self, peer: NodeId, why: &str) -> bool {
+        let linked = self.links.remove(&peer).is_some();
+        if linked {
+            tracing::warn!(decode = %peer, why, "link to decode node lost");
+            self.arrived.push_back(Arrival::DecodeLost(peer, why.to_owned()));
+        }
+        linked
+    }
+
+    /// `Severed` answers exactly once, so this asks only once; the next life must not be cut by mistake.
     fn sever(&mut self, peer: NodeId) {
-        self.severing.insert(peer);
-        self.transport.sever(peer);
+        if self.severing.insert(peer) {
+            self.transport.sever(peer);
+        }
     }
 
     fn give_up_dials(&mut self, now: Time) {
@@ -329,7 +338,7 @@ impl Outbound {
                     }
                 }
                 Event::Severed { peer, reason } => {
-                    self.unlink(peer, &reason.to_string());
+                    self.forget_link(peer, &reason.to_string());
                     self.severing.remove(&peer);
                     self.sender.severed(peer);
                 }

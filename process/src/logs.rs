@@ -35,10 +35,8 @@ pub enum LogError {
 /// # Errors
 /// When `filter` has no meaning, or logging runs already.
 pub fn start(format: LogFormat, filter: &str) -> Result<(), LogError> {
-    let parsed = EnvFilter::try_new(filter).map_err(|e| LogError::Filter {
-        filter: filter.to_owned(),
-        cause: e.to_string(),
-    })?;
+    let parsed = EnvFilter::try_new(filter)
+        .map_err(|e| LogError::Filter { filter: filter.to_owned(), cause: e.to_string() })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(parsed)
         .with_writer(std::io::stderr)

@@ -94,9 +94,7 @@ pub enum OptionsError {
 /// `prefix` starts the environment variables: with `TANDEM_ROUTER`, `--max-queue` is `TANDEM_ROUTER_MAX_QUEUE`.
 #[must_use]
 pub fn parse<T: Parser>(prefix: &str) -> T {
-    match parse_from(prefix, std::env::args_os().collect(), |name| {
-        std::env::var(name).ok()
-    }) {
+    match parse_from(prefix, std::env::args_os().collect(), |name| std::env::var(name).ok()) {
         Ok(options) => options,
         Err(OptionsError::Flags(error)) => error.exit(),
         Err(error) => {
@@ -148,12 +146,7 @@ pub fn parse_from<T: Parser>(
                 Some(delimiter) => value.split(delimiter).map(str::to_owned).collect(),
                 None => vec![value],
             };
-            layers.push(Layer {
-                place: "environment".into(),
-                shown: name,
-                key: key.into(),
-                values,
-            });
+            layers.push(Layer { place: "environment".into(), shown: name, key: key.into(), values });
         }
     }
 
@@ -200,15 +193,10 @@ fn help(prefix: &str, args: &[OsString], command: Command, plain: clap::Error) -
 }
 
 fn from_file(file: &Path, command: &Command) -> Result<Vec<Layer>, OptionsError> {
-    let failed = |cause: String| OptionsError::File {
-        file: file.to_owned(),
-        cause,
-    };
+    let failed = |cause: String| OptionsError::File { file: file.to_owned(), cause };
     let len = std::fs::metadata(file).map_err(|e| failed(e.to_string()))?.len();
     if len > MAX_CONFIG_BYTES {
-        return Err(failed(format!(
-            "{len} bytes is more than the {MAX_CONFIG_BYTES} that are read"
-        )));
+        return Err(failed(format!("{len} bytes is more than the {MAX_CONFIG_BYTES} that are read")));
     }
     let text = std::fs::read_to_string(file).map_err(|e| failed(e.to_string()))?;
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| failed(e.to_string()))?;
@@ -235,12 +223,7 @@ fn from_file(file: &Path, command: &Command) -> Result<Vec<Layer>, OptionsError>
             single => vec![scalar(single).ok_or_else(|| refused(single))?],
         };
         let place = format!("config file {}", file.display());
-        layers.push(Layer {
-            place,
-            shown: key.clone(),
-            key,
-            values,
-        });
+        layers.push(Layer { place, shown: key.clone(), key, values });
     }
     Ok(layers)
 }
@@ -258,10 +241,7 @@ fn scalar(value: &toml::Value) -> Option<String> {
 /// The option that was meant, found where only its spelling differs.
 fn hint(command: &Command, key: &str, value: &toml::Value) -> String {
     let plain = |name: &str| name.replace(['-', '_'], "").to_lowercase();
-    let close = command
-        .get_arguments()
-        .filter_map(Arg::get_long)
-        .find(|long| plain(long) == plain(key));
+    let close = command.get_arguments().filter_map(Arg::get_long).find(|long| plain(long) == plain(key));
     match close {
         _ if key == "config" => "; a file cannot name another one".into(),
         Some(long) => format!("; it is spelled `{long}`"),
@@ -292,12 +272,8 @@ fn check(command: &Command, arg: &Arg, layer: &Layer) -> Result<(), OptionsError
         let args = ["check".to_owned(), format!("--{}={value}", layer.key)];
         if let Err(error) = command.clone().try_get_matches_from(args) {
             let text = error.to_string();
-            let text = text
-                .trim_start_matches("error: ")
-                .split("\n\nFor more")
-                .next()
-                .unwrap_or_default()
-                .trim();
+            let text =
+                text.trim_start_matches("error: ").split("\n\nFor more").next().unwrap_or_default().trim();
             return Err(refused(value, text.replace("\n\n", "; ").replace('\n', " ")));
         }
     }
@@ -340,11 +316,7 @@ mod tests {
             args.push(path.clone().into());
             path
         });
-        let env = |name: &str| {
-            env.iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
-        };
+        let env = |name: &str| env.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         let sample = parse_from::<Sample>("TANDEM_SAMPLE", args, env).map_err(|e| e.to_string());
         if let Some(path) = path {
             std::fs::remove_file(path).unwrap();
@@ -355,18 +327,12 @@ mod tests {
     #[test]
     fn flag_beats_environment_beats_file_beats_default() {
         let file = Some("listen = '127.0.0.1:2'\nmodel = 'file'\nnames = ['a', 'b']\neager = true");
-        let env = [
-            ("TANDEM_SAMPLE_LISTEN", "127.0.0.1:3"),
-            ("TANDEM_SAMPLE_MODEL", "env"),
-        ];
+        let env = [("TANDEM_SAMPLE_LISTEN", "127.0.0.1:3"), ("TANDEM_SAMPLE_MODEL", "env")];
         let flags = ["--listen", "127.0.0.1:4"];
 
         let all = parsed(&flags, &env, file).unwrap();
         assert_eq!((all.listen.port(), all.model.to_str().unwrap()), (4, "env"));
-        assert_eq!(
-            (all.names, all.eager),
-            (vec!["a".to_owned(), "b".to_owned()], true)
-        );
+        assert_eq!((all.names, all.eager), (vec!["a".to_owned(), "b".to_owned()], true));
         assert_eq!(parsed(&[], &env, file).unwrap().listen.port(), 3);
         assert_eq!(parsed(&[], &[], file).unwrap().listen.port(), 2);
         assert_eq!(parsed(&["--model", "x"], &[], None).unwrap().listen.port(), 1);
@@ -378,21 +344,12 @@ mod tests {
     fn rust_log_is_heard_and_overruled() {
         let level = |flags: &[&str], env: &[(&str, &str)]| {
             let flags: Vec<&str> = ["--model", "x"].iter().chain(flags).copied().collect();
-            parsed(&flags, env, Some("log-level = 'error'"))
-                .unwrap()
-                .process
-                .log_level
+            parsed(&flags, env, Some("log-level = 'error'")).unwrap().process.log_level
         };
         assert_eq!(level(&[], &[]), "error");
         assert_eq!(level(&[], &[("RUST_LOG", "debug")]), "debug");
-        assert_eq!(
-            level(&[], &[("RUST_LOG", "debug"), ("TANDEM_SAMPLE_LOG_LEVEL", "warn")]),
-            "warn"
-        );
-        assert_eq!(
-            level(&["--log-level", "trace"], &[("RUST_LOG", "debug")]),
-            "trace"
-        );
+        assert_eq!(level(&[], &[("RUST_LOG", "debug"), ("TANDEM_SAMPLE_LOG_LEVEL", "warn")]), "warn");
+        assert_eq!(level(&["--log-level", "trace"], &[("RUST_LOG", "debug")]), "trace");
     }
 
     #[test]
@@ -404,12 +361,7 @@ mod tests {
             }
         };
         let model = ["--model", "x"];
-        check(
-            &model,
-            &[],
-            "listen = 'nowhere'",
-            &["tandem-options", "listen", "`nowhere`", "invalid"],
-        );
+        check(&model, &[], "listen = 'nowhere'", &["tandem-options", "listen", "`nowhere`", "invalid"]);
         check(
             &model,
             &[],
@@ -417,21 +369,11 @@ mod tests {
             &["unknown key `drain_timeout`", "spelled `drain-timeout`"],
         );
         check(&model, &[], "port = 3", &["unknown key `port`"]);
-        check(
-            &model,
-            &[],
-            "[limits]\nlisten = 3",
-            &["unknown key `limits`", "without tables"],
-        );
+        check(&model, &[], "[limits]\nlisten = 3", &["unknown key `limits`", "without tables"]);
         check(&model, &[], "eager = 3", &["eager", "`3`", "true or false"]);
         check(&model, &[], "listen = ['a', 'b']", &["listen", "one value"]);
         check(&model, &[], "listen = ", &["tandem-options"]);
-        check(
-            &model,
-            &[("TANDEM_SAMPLE_LISTEN", "x")],
-            "",
-            &["environment: TANDEM_SAMPLE_LISTEN is `x`"],
-        );
+        check(&model, &[("TANDEM_SAMPLE_LISTEN", "x")], "", &["environment: TANDEM_SAMPLE_LISTEN is `x`"]);
         check(&[], &[], "", &["--model"]);
         check(&["--modl", "x"], &[], "", &["--modl"]);
         assert!(

@@ -19,10 +19,7 @@ impl Shutdown {
     #[must_use]
     pub fn manual() -> Shutdown {
         let (sender, requested) = watch::channel(false);
-        Shutdown {
-            requested,
-            sender: sender.into(),
-        }
+        Shutdown { requested, sender: sender.into() }
     }
 
     /// Listens for SIGTERM and SIGINT from now on, on a thread of its own, so that a busy runtime cannot
@@ -32,32 +29,28 @@ impl Shutdown {
     /// When the thread or the handlers cannot be set up.
     pub fn on_signals() -> io::Result<Shutdown> {
         let shutdown = Shutdown::manual();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_io()
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
         let (mut terminate, mut interrupt) = {
             let _inside = runtime.enter();
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
         };
         let handle = shutdown.clone();
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                runtime.block_on(async {
-                    loop {
-                        let name = tokio::select! {
-                            _ = terminate.recv() => "SIGTERM",
-                            _ = interrupt.recv() => "SIGINT",
-                        };
-                        if handle.is_requested() {
-                            tracing::warn!(signal = name, "second signal: ending now");
-                            std::process::exit(INTERRUPTED);
-                        }
-                        tracing::info!(signal = name, "draining; another signal ends the process at once");
-                        handle.request();
+        std::thread::Builder::new().name("signals".into()).spawn(move || {
+            runtime.block_on(async {
+                loop {
+                    let name = tokio::select! {
+                        _ = terminate.recv() => "SIGTERM",
+                        _ = interrupt.recv() => "SIGINT",
+                    };
+                    if handle.is_requested() {
+                        tracing::warn!(signal = name, "second signal: ending now");
+                        std::process::exit(INTERRUPTED);
                     }
-                });
-            })?;
+                    tracing::info!(signal = name, "draining; another signal ends the process at once");
+                    handle.request();
+                }
+            });
+        })?;
         Ok(shutdown)
     }
 

@@ -46,9 +46,7 @@ impl TlsOptions {
             (None, Some(ca), Some(certificate), Some(key)) => Ok(Identity::from_pem(ca, certificate, key)?),
             (Some(_), ..) => Err(TlsError::Flags("--tls-dir excludes the other --tls flags")),
             (None, None, None, None) => Err(TlsError::Flags("this process needs a certificate")),
-            (None, ..) => Err(TlsError::Flags(
-                "--tls-ca, --tls-cert and --tls-key belong together",
-            )),
+            (None, ..) => Err(TlsError::Flags("--tls-ca, --tls-cert and --tls-key belong together")),
         }
     }
 }
@@ -60,39 +58,19 @@ mod tests {
     #[test]
     fn flags_must_be_complete_and_agree() {
         let check = |options: TlsOptions, expected: &str| {
-            let text = options
-                .identity()
-                .err()
-                .map(|e| e.to_string())
-                .unwrap_or_default();
+            let text = options.identity().err().map(|e| e.to_string()).unwrap_or_default();
             assert!(text.contains(expected), "{text:?}");
         };
         let some = || Some(PathBuf::from("/no/such/place"));
         check(TlsOptions::default(), "needs a certificate");
-        check(
-            TlsOptions {
-                tls_ca: some(),
-                ..Default::default()
-            },
-            "belong together",
-        );
-        check(
-            TlsOptions {
-                tls_dir: some(),
-                tls_key: some(),
-                ..Default::default()
-            },
-            "excludes",
-        );
+        check(TlsOptions { tls_ca: some(), ..Default::default() }, "belong together");
+        check(TlsOptions { tls_dir: some(), tls_key: some(), ..Default::default() }, "excludes");
     }
 
     #[test]
     fn a_directory_is_filled_on_first_start() {
         let dir = std::env::temp_dir().join(format!("tandem-tls-{}", std::process::id()));
-        let options = TlsOptions {
-            tls_dir: Some(dir.clone()),
-            ..Default::default()
-        };
+        let options = TlsOptions { tls_dir: Some(dir.clone()), ..Default::default() };
         options.identity().unwrap();
         options.identity().unwrap();
         std::fs::remove_dir_all(dir).unwrap();

@@ -15,9 +15,8 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         "h" => 3600.0,
         _ => return Err(format!("unit {unit:?} is not one of ms, s, m, h")),
     };
-    let number: f64 = number
-        .parse()
-        .map_err(|_| "not a duration such as 250ms, 30s, 10m or 2h".to_owned())?;
+    let number: f64 =
+        number.parse().map_err(|_| "not a duration such as 250ms, 30s, 10m or 2h".to_owned())?;
     Duration::try_from_secs_f64(number * scale).map_err(|e| e.to_string())
 }
 
@@ -36,25 +35,17 @@ pub fn bytes(text: &str) -> Result<usize, String> {
         "MB" => 1_000_000,
         "GB" => 1_000_000_000,
         _ => {
-            return Err(format!(
-                "unit {unit:?} is not one of B, KiB, MiB, GiB, KB, MB, GB"
-            ));
+            return Err(format!("unit {unit:?} is not one of B, KiB, MiB, GiB, KB, MB, GB"));
         }
     };
-    let number: u64 = number
-        .parse()
-        .map_err(|_| "not a size such as 65536, 64KiB or 16MiB".to_owned())?;
-    let product = number
-        .checked_mul(scale)
-        .and_then(|bytes| usize::try_from(bytes).ok());
+    let number: u64 = number.parse().map_err(|_| "not a size such as 65536, 64KiB or 16MiB".to_owned())?;
+    let product = number.checked_mul(scale).and_then(|bytes| usize::try_from(bytes).ok());
     product.ok_or_else(|| "more bytes than this machine can address".to_owned())
 }
 
 fn split(text: &str) -> (&str, &str) {
     let text = text.trim();
-    let end = text
-        .find(|c: char| !c.is_ascii_digit() && c != '.')
-        .unwrap_or(text.len());
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     (&text[..end], text[end..].trim())
 }
 
@@ -65,11 +56,7 @@ mod tests {
     #[test]
     fn durations() {
         let check = |text, expected: Option<u64>| {
-            assert_eq!(
-                duration(text).ok().map(|d| d.as_millis() as u64),
-                expected,
-                "{text}"
-            );
+            assert_eq!(duration(text).ok().map(|d| d.as_millis() as u64), expected, "{text}");
         };
         check("250ms", Some(250));
         check("30", Some(30_000));

@@ -91,6 +91,25 @@ impl Plan {
     }
 }
 
+/// The tokens of a prompt's `text`, unless it is so long that tokenizing it is not worth the time.
+///
+/// # Errors
+/// When the text cannot fit, or cannot be tokenized.
+pub fn tokenize(
+    model: &TextModel,
+    text: &str,
+    add_special_tokens: bool,
+    param: &str,
+    max_len: u32,
+) -> Result<Vec<TokenId>, ApiError> {
+    let least = model.tokenizer.least_tokens(text);
+    if least >= max_len as usize {
+        return Err(ApiError::context_length(param, max_len, least, None));
+    }
+    let tokens = model.tokenizer.encode(text, add_special_tokens);
+    tokens.map_err(|error| ApiError::field(param, error.to_string()))
+}
+
 /// Why a completion ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FinishReason {
@@ -556,6 +575,9 @@ mod tests {
         let error = plan(json!({"max_tokens": 100})).unwrap_err();
         assert_eq!((error.status, error.code), (400, Some("context_length_exceeded")));
         assert!(error.message.contains("maximum context length is 100 tokens"), "{error}");
+        let far = tokenize(&TINY, &" ".repeat(1 << 20), false, "prompt", 100).unwrap_err();
+        assert_eq!((far.code, far.param.as_deref()), (Some("context_length_exceeded"), Some("prompt")));
+        assert_eq!(tokenize(&TINY, "Hello", false, "prompt", 100).unwrap(), ids("Hello"));
         assert_eq!(plan(json!({})).unwrap().generation.sampling.seed, 7);
         assert_eq!(plan(json!({"seed": 5})).unwrap().generation.sampling.seed, 5);
     }

@@ -26,6 +26,9 @@ pub struct Tokenizer {
     added: HashSet<u32>,
     /// Added tokens that are control tokens and do not show in text.
     special: HashSet<u32>,
+    /// The most bytes of text that one token takes up; none where text is dropped or shortened before it
+    /// becomes tokens, so that there is no such bound.
+    longest: Option<usize>,
 }
 
 /// Why text or tokens are refused.
@@ -70,7 +73,22 @@ impl Tokenizer {
         let decoder = inner.get_added_tokens_decoder();
         let special = decoder.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
         let added = decoder.keys().copied().collect();
-        Ok(Tokenizer { inner, alphabet, added, special })
+        let keeps_all = alphabet == Alphabet::ByteLevel
+            && value["normalizer"].is_null()
+            && !removes_text(&value["pre_tokenizer"])
+            && !decoder.values().any(|token| token.lstrip || token.rstrip);
+        let mut tokenizer = Tokenizer { inner, alphabet, added, special, longest: None };
+        if keeps_all {
+            let vocab = tokenizer.inner.get_vocab(true);
+            tokenizer.longest = vocab.values().map(|id| tokenizer.token_bytes(TokenId(*id)).len()).max();
+        }
+        Ok(tokenizer)
+    }
+
+    /// A number of tokens that `text` has at least: tells cheaply that a text is far too long.
+    #[must_use]
+    pub fn least_tokens(&self, text: &str) -> usize {
+        self.longest.map_or(0, |longest| text.len() / longest.max(1))
     }
 
     /// The tokens of `text`. With `add_special_tokens` the tokenizer may add tokens at the start and end, as
@@ -150,6 +168,18 @@ impl std::fmt::Debug for Tokenizer {
 fn mentions_byte_level(decoder: &Value) -> bool {
     decoder["type"] == "ByteLevel"
         || decoder["decoders"].as_array().is_some_and(|parts| parts.iter().any(mentions_byte_level))
+}
+
+/// Whether a pre-tokenizer may leave out parts of the text. Only those known to keep all are trusted.
+fn removes_text(pre_tokenizer: &Value) -> bool {
+    match pre_tokenizer["type"].as_str() {
+        Some("ByteLevel" | "Digits") => false,
+        Some("Split") => pre_tokenizer["behavior"] == "Removed",
+        Some("Sequence") => {
+            pre_tokenizer["pretokenizers"].as_array().is_none_or(|all| all.iter().any(removes_text))
+        }
+        _ => true,
+    }
 }
 
 /// Undoes GPT-2's table, which writes printable bytes as themselves and the others from U+0100 upward.

@@ -6,7 +6,7 @@ use crate::openai::ApiError;
 use crate::openai::chat::{ChatChoice, ChatChunk, ChatCompletion, ChatDelta, ChatRequest, Head, Message};
 use crate::openai::logprobs::ChatLogprobs;
 use crate::openai::usage::Usage;
-use crate::requests::{Piece, Plan};
+use crate::requests::{Piece, Plan, tokenize};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde::Serialize;
@@ -23,8 +23,7 @@ pub(super) async fn handle(State(app): State<Arc<App>>, request: Request) -> Res
     let turn = app.turn(1).await?;
     let (text, max_len) = (app.model.clone(), app.max_len());
     let (plan, params) = body::aside(move || {
-        let prompt = text.tokenizer.encode(&render(&text, &input)?, false);
-        let prompt = prompt.map_err(|error| ApiError::field("messages", error.to_string()))?;
+        let prompt = tokenize(&text, &render(&text, &input)?, false, "messages", max_len)?;
         let plan = Plan::new(&text, &params, prompt, "messages", max_len, random() as u64)?;
         Ok((plan, params))
     })

@@ -7,7 +7,7 @@ use crate::openai::chat::Head;
 use crate::openai::completions::{CompletionRequest, PromptContent, TextChoice, TextCompletion};
 use crate::openai::logprobs::TextLogprobs;
 use crate::openai::usage::Usage;
-use crate::requests::{Piece, Plan};
+use crate::requests::{Piece, Plan, tokenize};
 use axum::extract::{Request, State};
 use axum::response::Response;
 use serde::Serialize;
@@ -54,19 +54,16 @@ fn plans(
     let seed = random() as u64;
     let (mut plans, mut echoes) = (Vec::new(), Vec::new());
     for prompt in request.prompts.drain(..) {
-        let refused = |error: tandem_text::TokenizerError| ApiError::field(&prompt.path, error.to_string());
         let (tokens, echo) = match prompt.content {
             PromptContent::Text(text) => {
-                let tokens = model.tokenizer.encode(&text, request.add_special_tokens).map_err(refused)?;
+                let tokens = tokenize(model, &text, request.add_special_tokens, &prompt.path, max_len)?;
                 (tokens, if request.echo { text } else { String::new() })
             }
             PromptContent::Tokens(tokens) => {
-                let echo = if request.echo {
-                    model.tokenizer.decode(&tokens, request.params.skip_special_tokens).map_err(refused)?
-                } else {
-                    String::new()
-                };
-                (tokens, echo)
+                let skip = request.params.skip_special_tokens;
+                let echo =
+                    if request.echo { model.tokenizer.decode(&tokens, skip) } else { Ok(String::new()) };
+                (tokens, echo.map_err(|error| ApiError::field(&prompt.path, error.to_string()))?)
             }
         };
         plans.push(Plan::new(model, &request.params, tokens, &prompt.path, max_len, seed)?);

@@ -75,7 +75,7 @@ impl ApiError {
         }
     }
 
-    /// Prompt and completion do not fit the model.
+    /// Prompt and completion do not fit the model. The prompt has `prompt` tokens, or at least so many.
     #[must_use]
     pub fn context_length(param: &str, max: u32, prompt: usize, completion: Option<u32>) -> ApiError {
         let asked = match completion {
@@ -83,7 +83,7 @@ impl ApiError {
                 "you asked for {} tokens ({prompt} of the prompt, {tokens} for the completion)",
                 prompt as u64 + u64::from(tokens)
             ),
-            None => format!("the prompt has {prompt} tokens, which leaves no room for a completion"),
+            None => format!("the prompt has at least {prompt} tokens, which leaves no room for a completion"),
         };
         let message = format!("This model's maximum context length is {max} tokens, but {asked}.");
         ApiError { code: Some("context_length_exceeded"), ..ApiError::field(param, message) }

@@ -2,7 +2,7 @@
 
 use super::chance::Rng;
 use super::model::SHAPE;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -55,6 +55,8 @@ pub struct Seen {
     pub poked: Vec<NodeId>,
     /// Messages to put into a node's own inbox.
     pub injected: Vec<(NodeId, NodeEvent)>,
+    /// Control connections, as each end knows them.
+    pub connected: BTreeSet<(NodeId, NodeId)>,
     /// The epoch of each slot's current lease.
     epochs: BTreeMap<(NodeId, SlotId), SlotEpoch>,
 }
@@ -102,7 +104,12 @@ impl Cluster for SimCluster {
     }
 
     fn dial(&self, peer: NodeId, _: SocketAddr) {
-        self.network.connect_control(self.node, peer);
+        let mut seen = lock(&self.seen);
+        if seen.connected.contains(&(self.node, peer)) {
+            seen.injected.push((self.node, NodeEvent::Up { peer }));
+        } else {
+            self.network.connect_control(self.node, peer);
+        }
     }
 
     fn close(&self, peer: NodeId) {

@@ -22,6 +22,8 @@ pub struct Plan {
     pub max_tokens: u32,
     /// When the client goes away.
     pub cancel_at: Option<Time>,
+    /// Which nodes; any if None.
+    pub pair: Option<(NodeId, NodeId)>,
 }
 
 /// A request that was made.

@@ -223,6 +223,7 @@ impl World {
                 choices: if self.rng.chance(0.2) { 2 } else { 1 },
                 max_tokens: self.rng.between(1, 12) as u32,
                 cancel_at: cancels.then(|| at.after_us(self.rng.between(0, 60_000))),
+                pair: None,
             });
         }
         for _ in 0..if self.weather.crashes { self.rng.between(0, 3) } else { 0 } {
@@ -239,7 +240,44 @@ impl World {
         self.faults.sort_by_key(|(at, _)| std::cmp::Reverse(*at));
     }
 
+    /// Plays the plan until the cluster is at rest; then, with faults over, every pair of nodes must serve one
+    /// more request: a cluster that only survives is not healed.
     fn play(mut self) -> Outcome {
+        self.play_to_rest();
+        if self.weather.is_harmless() || self.broken.is_some() {
+            self.check_rest();
+            return self.outcome();
+        }
+        let planned = self.requests.made.len();
+        self.network.calm();
+        self.plan_probes();
+        self.play_to_rest();
+        for (request, made) in self.requests.made.iter().skip(planned) {
+            if made.end != Some(End::Complete) {
+                let (pair, end) = ((made.prefill, made.decode), &made.end);
+                self.requests.violations.push(format!("{request:?} of {pair:?} after all faults: {end:?}"));
+            }
+        }
+        self.check_rest();
+        self.outcome()
+    }
+
+    fn plan_probes(&mut self) {
+        let of_kind = |prefill: bool| -> Vec<NodeId> {
+            let is = |actor: &Actor| matches!(actor.kind, Kind::Prefill(_)) == prefill;
+            self.actors.iter().filter(|(_, actor)| is(actor)).map(|(node, _)| *node).collect()
+        };
+        let at = self.network.now().after_us(3_000_000);
+        for prefill in of_kind(true) {
+            for decode in of_kind(false) {
+                let (prompt, cancel_at) = (prompt(9, 20, 20), None);
+                let pair = Some((prefill, decode));
+                self.plans.push(Plan { at, prompt, choices: 1, max_tokens: 3, cancel_at, pair });
+            }
+        }
+    }
+
+    fn play_to_rest(&mut self) {
         let mut at_rest_since = None;
         loop {
             let now = self.network.now();
@@ -261,8 +299,6 @@ impl World {
                 break;
             }
         }
-        self.check_rest();
-        self.outcome()
     }
 
     /// When something happens next; a little later than now at least.
@@ -338,7 +374,8 @@ impl World {
                 self.connected.iter().filter(is).copied().collect::<Vec<_>>()
             };
             let (prefill, decode) = (up(true), up(false));
-            if prefill.is_empty() || decode.is_empty() {
+            let missing = plan.pair.is_some_and(|(p, d)| !prefill.contains(&p) || !decode.contains(&d));
+            if prefill.is_empty() || decode.is_empty() || missing {
                 let wait = 50_000;
                 plan.at = now.after_us(wait);
                 plan.cancel_at = plan.cancel_at.map(|at| at.after_us(wait));
@@ -346,8 +383,9 @@ impl World {
                 self.plans.sort_by_key(|plan| std::cmp::Reverse(plan.at));
                 continue;
             }
-            let prefill = prefill[self.rng.between(0, prefill.len() as u64 - 1) as usize];
-            let decode = decode[self.rng.between(0, decode.len() as u64 - 1) as usize];
+            let mut draw = |of: &[NodeId]| of[self.rng.between(0, of.len() as u64 - 1) as usize];
+            let drawn = (draw(&prefill), draw(&decode));
+            let (prefill, decode) = plan.pair.unwrap_or(drawn);
             self.requests.make(plan, &self.network, ROUTER, prefill, decode);
         }
         let is_due = |made: &super::router::Made| {
@@ -386,6 +424,13 @@ impl World {
         let actor = self.actors.get_mut(&node).expect("it is an actor");
         actor.wake = Some(now);
         for event in events {
+            let mut seen = self.seen.lock().expect("one thread");
+            match &event {
+                ControlEvent::Up { peer, .. } => drop(seen.connected.insert((node, *peer))),
+                ControlEvent::Down { peer, .. } => drop(seen.connected.remove(&(node, *peer))),
+                ControlEvent::Frame { .. } => {}
+            }
+            drop(seen);
             let event = match event {
                 ControlEvent::Up { peer: ROUTER, .. } => NodeEvent::RouterUp { router: ROUTER },
                 ControlEvent::Up { peer, .. } => NodeEvent::Up { peer },

@@ -104,6 +104,11 @@ impl SimNetwork {
         self.with(|state| state.heal(a, b));
     }
 
+    /// No loss, stall, break or flipped bit by chance from now on.
+    pub fn calm(&self) {
+        self.with(|state| state.calm());
+    }
+
     /// Holds up everything from and to a node for a while. If that is longer than silence is borne, its
     /// connections break.
     pub fn stall(&self, node: NodeId, us: u64) {

@@ -306,6 +306,13 @@ impl State {
         self.schedule(at, What::PartitionNoticed { pair, partition });
     }
 
+    pub(super) fn calm(&mut self) {
+        let SimConfig { loss, stall, break_connection, corrupt, .. } = &mut self.config;
+        for chance in [loss, stall, break_connection, corrupt] {
+            *chance = 0.0;
+        }
+    }
+
     pub(super) fn heal(&mut self, a: NodeId, b: NodeId) {
         let pair = self.pair(a, b);
         pair.partition = None;
