@@ -5,9 +5,9 @@ use tandem_proto::ids::{ChoiceIdx, PageId, RequestId, TokenId};
 use tandem_proto::wire::{Finish, Generation, Sampled, Tokens};
 
 /// A completion: its page table, what it has generated, and what of that the router has not been told.
-pub struct Completion {
-    pub choice: ChoiceIdx,
-    pub pages: Vec<PageId>,
+pub(crate) struct Completion {
+    pub(crate) choice: ChoiceIdx,
+    pub(crate) pages: Vec<PageId>,
     sampler: Sampler,
     /// The token to compute next; it has no KV yet.
     last: TokenId,
@@ -24,7 +24,7 @@ pub struct Completion {
 
 impl Completion {
     /// Goes on from the first token, which the prefill node chose.
-    pub fn start(
+    pub(crate) fn start(
         choice: ChoiceIdx,
         prompt: &[TokenId],
         generation: &Generation,
@@ -51,24 +51,24 @@ impl Completion {
     }
 
     /// The token to compute, and its position.
-    pub fn next(&self) -> (&TokenId, u32) {
+    pub(crate) fn next(&self) -> (&TokenId, u32) {
         (&self.last, self.position)
     }
 
     /// Chooses the next token from the logits of the last.
-    pub fn choose(&mut self, logits: &mut [f32]) -> Result<(), SamplingError> {
+    pub(crate) fn choose(&mut self, logits: &mut [f32]) -> Result<(), SamplingError> {
         let sampled = self.sampler.sample(logits, self.generated)?;
         self.take(sampled);
         Ok(())
     }
 
     /// Whether the last token is out.
-    pub fn is_finished(&self) -> bool {
+    pub(crate) fn is_finished(&self) -> bool {
         self.finish.is_some()
     }
 
     /// What the router has not been told; `told` confirms it.
-    pub fn news(&self, request: RequestId) -> Option<Tokens> {
+    pub(crate) fn news(&self, request: RequestId) -> Option<Tokens> {
         (!self.untold.is_empty()).then(|| Tokens {
             request,
             choice: self.choice,
@@ -79,7 +79,7 @@ impl Completion {
     }
 
     /// The router was told all there was.
-    pub fn told(&mut self) {
+    pub(crate) fn told(&mut self) {
         self.told += self.untold.len() as u32;
         self.untold.clear();
     }

@@ -12,7 +12,7 @@ use tandem_proto::wire::{Expect, Handoff, Lease, LeaseToken, Message, RequestErr
 use tandem_transport::{Event, RegionId, Transport};
 
 /// What the node's loop has to know of.
-pub enum Arrival {
+pub(crate) enum Arrival {
     /// The router announced a request.
     Expected(Box<Expect>, NodeId),
     /// The router ended a request.
@@ -30,7 +30,7 @@ pub enum Arrival {
 /// Everything between the network and the pages. What concerns the page pool and the engine is left in
 /// `arrived` for the node's loop.
 pub struct Inbound {
-    pub clock: Clock,
+    pub(crate) clock: Clock,
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
@@ -46,11 +46,11 @@ pub struct Inbound {
     router: Option<NodeId>,
     /// Failures for which the router's queue had no room; at most one for each request the node accepts.
     untold: VecDeque<Message>,
-    pub arrived: VecDeque<Arrival>,
+    pub(crate) arrived: VecDeque<Arrival>,
     /// The process was asked to finish.
-    pub draining: bool,
+    pub(crate) draining: bool,
     /// It must finish now.
-    pub stopped: bool,
+    pub(crate) stopped: bool,
     events: Vec<Event>,
 }
 
@@ -60,6 +60,10 @@ struct Landing {
 }
 
 impl Inbound {
+    /// Takes `landing_bytes` of memory, two chunks at least, and registers it with the transport.
+    ///
+    /// # Errors
+    /// When the memory cannot be had or registered.
     pub fn new(
         clock: Clock,
         cluster: Box<dyn Cluster>,
@@ -96,7 +100,7 @@ impl Inbound {
     }
 
     /// One turn: takes in what happened, and moves what has landed to the pages.
-    pub fn turn(&mut self, kv: &mut KvPages) {
+    pub(crate) fn turn(&mut self, kv: &mut KvPages) {
         // Completions before messages: what landed under a lease is counted before the message that ends it.
         self.poll_transport();
         while let Some(event) = self.inbox.try_next() {
@@ -111,18 +115,18 @@ impl Inbound {
     }
 
     /// Waits for something to happen, until the deadline.
-    pub fn wait(&self, until: Option<Time>) {
+    pub(crate) fn wait(&self, until: Option<Time>) {
         let longest = std::time::Duration::from_secs(1);
         self.inbox.wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
     }
 
     /// When a turn has something to do next if nothing happens.
-    pub fn next_deadline(&self) -> Option<Time> {
+    pub(crate) fn next_deadline(&self) -> Option<Time> {
         self.receiver.next_timeout()
     }
 
     /// The node has taken pages for the prompt: it may land.
-    pub fn reserved(&mut self, request: RequestId, pages: Vec<PageId>) {
+    pub(crate) fn reserved(&mut self, request: RequestId, pages: Vec<PageId>) {
         if let Some(landing) = self.prompts.get_mut(&request) {
             landing.pages = pages;
             self.receiver.reserved(request);
@@ -130,33 +134,33 @@ impl Inbound {
     }
 
     /// Ends a handoff for a reason of this node's own, or because the router said so.
-    pub fn give_up(&mut self, request: RequestId, error: Option<RequestError>) {
+    pub(crate) fn give_up(&mut self, request: RequestId, error: Option<RequestError>) {
         self.receiver.give_up(self.clock.now(), request, error);
     }
 
     /// Whether there is something to do for the node's loop, or for the next turn, at once.
-    pub fn has_news(&self) -> bool {
+    pub(crate) fn has_news(&self) -> bool {
         !self.arrived.is_empty() || self.receiver.has_actions()
     }
 
     /// Handoffs that are not over.
-    pub fn open_handoffs(&self) -> usize {
+    pub(crate) fn open_handoffs(&self) -> usize {
         self.receiver.open_requests()
     }
 
     /// Windows that are open.
-    pub fn open_windows(&self) -> usize {
+    pub(crate) fn open_windows(&self) -> usize {
         self.windows.len()
     }
 
     /// Slots, and how many of them are free.
-    pub fn slots(&self) -> (usize, usize) {
+    pub(crate) fn slots(&self) -> (usize, usize) {
         (self.receiver.slots(), self.receiver.free_slots())
     }
 
     /// Tells the router; false when its queue is full and the message must be sent again later.
     #[must_use]
-    pub fn try_tell_router(&mut self, message: &Message) -> bool {
+    pub(crate) fn try_tell_router(&mut self, message: &Message) -> bool {
         let Some(router) = self.router else { return true };
         match self.cluster.send(router, message) {
             Err(SendError::Backlogged) => false,
@@ -170,13 +174,13 @@ impl Inbound {
     }
 
     /// Tells the router that a request failed, now or as soon as its queue has room.
-    pub fn tell_failed(&mut self, request: RequestId, error: RequestError) {
+    pub(crate) fn tell_failed(&mut self, request: RequestId, error: RequestError) {
         self.untold.push_back(Message::Failed { request, error });
         self.tell_untold();
     }
 
     /// Whether messages wait for room in the router's queue.
-    pub fn has_untold(&self) -> bool {
+    pub(crate) fn has_untold(&self) -> bool {
         !self.untold.is_empty()
     }
 
@@ -228,7 +232,7 @@ impl Inbound {
     }
 
     /// The node accepted the request: its KV may be offered.
-    pub fn expect(&mut self, expect: &Expect, deadline: Time) {
+    pub(crate) fn expect(&mut self, expect: &Expect, deadline: Time) {
         let tokens = expect.prompt.len() as u32;
         self.prompts.insert(expect.request, Landing { tokens, pages: Vec::new() });
         self.receiver.expect(self.clock.now(), expect.request, expect.prefill, tokens, deadline);

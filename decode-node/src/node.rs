@@ -63,6 +63,8 @@ impl Request {
 }
 
 impl Node {
+    /// A node with an empty pool.
+    #[must_use]
     pub fn new(engine: Box<dyn Engine>, kv: KvPages, inbound: Inbound, limits: Limits) -> Node {
         let pool = PagePool::new(kv.pages());
         Node {

@@ -8,6 +8,7 @@ use tokio::sync::mpsc;
 
 /// What happened outside the node's loop.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all events are messages, the largest")]
 pub enum NodeEvent {
     /// The router accepted this node; it may be another router than before.
     RouterUp {

@@ -28,7 +28,7 @@ pub struct Node {
     pool: PagePool,
     outbound: Outbound,
     limits: Limits,
-    waiting: VecDeque<Prompt>,
+    waiting: VecDeque<Box<Prompt>>,
     /// Prompts that hold pages, until their handoff is over.
     running: BTreeMap<RequestId, Running>,
     /// Those of `running` that are not computed to the end, first come first served.
@@ -42,7 +42,7 @@ pub struct Node {
 const MAX_CANCELLED_EARLY: usize = 1024;
 
 struct Running {
-    prompt: Prompt,
+    prompt: Box<Prompt>,
     pages: Arc<[PageId]>,
     keys: Vec<ChunkKey>,
     /// Tokens whose KV is in the pages.
@@ -62,6 +62,8 @@ struct Share {
 }
 
 impl Node {
+    /// A node with an empty pool.
+    #[must_use]
     pub fn new(engine: Box<dyn Engine>, kv: KvPages, outbound: Outbound, limits: Limits) -> Node {
         let pool = PagePool::new(kv.pages());
         Node {
@@ -149,7 +151,7 @@ impl Node {
                         .into_iter()
                         .partition(|prompt| prompt.decode.is_some_and(|decode| decode.node == peer));
                     self.waiting = kept;
-                    let lost: VecDeque<Prompt> = lost;
+                    let lost: VecDeque<Box<Prompt>> = lost;
                     for prompt in lost {
                         let error = RequestError::PeerLost(format!("decode node {peer}: {why}"));
                         self.fail(prompt.request, error);
@@ -159,7 +161,7 @@ impl Node {
         }
     }
 
-    fn arrive(&mut self, prompt: Prompt) {
+    fn arrive(&mut self, prompt: Box<Prompt>) {
         if let Some(at) = self.cancelled_early.iter().position(|request| *request == prompt.request) {
             self.cancelled_early.remove(at);
             return;
@@ -233,7 +235,7 @@ impl Node {
         }
     }
 
-    fn start(&mut self, prompt: Prompt) -> Result<(), Prompt> {
+    fn start(&mut self, prompt: Box<Prompt>) -> Result<(), Box<Prompt>> {
         let info = self.engine.info();
         let (kv, fingerprint) = (info.kv, info.fingerprint);
         let tokens = prompt.tokens.len() as u32;

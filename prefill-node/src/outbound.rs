@@ -15,7 +15,7 @@ use tandem_transport::{Event, SubmitError, Transport, Write};
 /// Everything that goes on between two layers of a step: it never touches the engine or the page pool, and
 /// leaves what concerns those (`arrived`, `ended`) for the node's loop to take.
 pub struct Outbound {
-    pub clock: Clock,
+    pub(crate) clock: Clock,
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
@@ -33,20 +33,20 @@ pub struct Outbound {
     severing: BTreeSet<NodeId>,
     router: Option<NodeId>,
     /// What came from the router and was not yet looked at.
-    pub arrived: VecDeque<Arrival>,
+    pub(crate) arrived: VecDeque<Arrival>,
     /// Requests that are over, and why if they failed. Their pages may be released once no step uses them.
-    pub ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
+    pub(crate) ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
     /// The process was asked to finish.
-    pub draining: bool,
+    pub(crate) draining: bool,
     /// It must finish now.
-    pub stopped: bool,
+    pub(crate) stopped: bool,
     events: Vec<Event>,
 }
 
 /// What the router sent, or that it is gone.
-pub enum Arrival {
+pub(crate) enum Arrival {
     /// A prompt to compute.
-    Prompt(Prompt),
+    Prompt(Box<Prompt>),
     /// A request is over.
     Cancelled(RequestId),
     /// The router is gone, and with it everybody who waits for its requests.
@@ -96,6 +96,10 @@ impl Staging {
 const DIAL_TIMEOUT_US: u64 = 5_000_000;
 
 impl Outbound {
+    /// Takes `staging_bytes` of memory, two layers at least, and registers it with the transport.
+    ///
+    /// # Errors
+    /// When the memory cannot be had or registered.
     pub fn new(
         clock: Clock,
         cluster: Box<dyn Cluster>,
@@ -132,7 +136,7 @@ impl Outbound {
     }
 
     /// One turn: takes in what happened, and pushes as much as there is room for.
-    pub fn turn(&mut self, kv: &KvPages) {
+    pub(crate) fn turn(&mut self, kv: &KvPages) {
         while let Some(event) = self.inbox.try_next() {
             self.on_event(event);
             if self.stopped {
@@ -148,13 +152,13 @@ impl Outbound {
     }
 
     /// Waits for something to happen, until the deadline.
-    pub fn wait(&self, until: Option<Time>) {
+    pub(crate) fn wait(&self, until: Option<Time>) {
         let longest = std::time::Duration::from_secs(1);
         self.inbox.wait(until.map_or(longest, |time| self.clock.until(time)).min(longest));
     }
 
     /// When a turn has something to do next if nothing happens.
-    pub fn next_deadline(&self) -> Option<Time> {
+    pub(crate) fn next_deadline(&self) -> Option<Time> {
         let dial = self.links.values().filter_map(|link| match link {
             Link::Connecting { until, .. } => Some(*until),
             Link::Up => None,
@@ -163,7 +167,7 @@ impl Outbound {
     }
 
     /// Whether the way to a decode node is open. Begins to open it if nobody has.
-    pub fn is_linked(&mut self, to: &Destination) -> bool {
+    pub(crate) fn is_linked(&mut self, to: &Destination) -> bool {
         match self.links.get(&to.node) {
             Some(Link::Up) => true,
             Some(Link::Connecting { .. }) => false,
@@ -179,7 +183,7 @@ impl Outbound {
     }
 
     /// The prompt has its pages: offers its KV. Chunks below `cached` tokens are in the pages already.
-    pub fn begin(&mut self, prompt: &Prompt, to: NodeId, pages: Arc<[PageId]>, cached: u32) {
+    pub(crate) fn begin(&mut self, prompt: &Prompt, to: NodeId, pages: Arc<[PageId]>, cached: u32) {
         self.page_tables.insert(prompt.request, pages);
         self.sender.begin(prompt.request, to, prompt.tokens.len() as u32, prompt.deadline);
         for chunk in 0..cached / self.shape.chunk_tokens {
@@ -190,37 +194,37 @@ impl Outbound {
     }
 
     /// A layer of a chunk is in the pages.
-    pub fn ready(&mut self, request: RequestId, chunk: ChunkIdx, layer: LayerIdx) {
+    pub(crate) fn ready(&mut self, request: RequestId, chunk: ChunkIdx, layer: LayerIdx) {
         self.sender.ready(request, chunk, layer);
     }
 
     /// The first tokens are known: tells the decode node when all KV is there.
-    pub fn first(&mut self, request: RequestId, first: Vec<Sampled>) {
+    pub(crate) fn first(&mut self, request: RequestId, first: Vec<Sampled>) {
         self.sender.first(request, first);
     }
 
     /// Ends a handoff for a reason of this node's own.
-    pub fn give_up(&mut self, request: RequestId, error: Option<RequestError>) {
+    pub(crate) fn give_up(&mut self, request: RequestId, error: Option<RequestError>) {
         self.sender.give_up(self.clock.now(), request, error);
     }
 
     /// Whether there is something to do for the node's loop, or for the next turn, at once.
-    pub fn has_news(&self) -> bool {
+    pub(crate) fn has_news(&self) -> bool {
         !self.arrived.is_empty() || !self.ended.is_empty() || self.sender.has_actions()
     }
 
     /// Staging slots in use.
-    pub fn staged(&self) -> usize {
+    pub(crate) fn staged(&self) -> usize {
         self.under_way.len()
     }
 
     /// Handoffs that are not over.
-    pub fn open_handoffs(&self) -> usize {
+    pub(crate) fn open_handoffs(&self) -> usize {
         self.sender.open_requests()
     }
 
     /// Tells the router, if there is one.
-    pub fn tell_router(&mut self, message: &Message) {
+    pub(crate) fn tell_router(&mut self, message: &Message) {
         let Some(router) = self.router else { return };
         match self.cluster.send(router, message) {
             Ok(()) | Err(SendError::NotConnected) => {}
@@ -261,7 +265,7 @@ impl Outbound {
         let now = self.clock.now();
         match message {
             Message::Submit(submit) => {
-                self.arrived.push_back(Arrival::Prompt(Prompt::new(submit, from, now)))
+                self.arrived.push_back(Arrival::Prompt(Box::new(Prompt::new(submit, from, now))))
             }
             Message::Cancel { request } => self.arrived.push_back(Arrival::Cancelled(request)),
             Message::Handoff(handoff) => self.sender.message(now, from, handoff),

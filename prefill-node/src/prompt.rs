@@ -5,19 +5,19 @@ use tandem_proto::wire::{Destination, Generation, Submit};
 
 /// What is to be computed, for whom, and until when.
 #[derive(Debug)]
-pub struct Prompt {
-    pub request: RequestId,
-    pub router: NodeId,
-    pub tokens: Vec<TokenId>,
-    pub generation: Generation,
-    pub decode: Option<Destination>,
-    pub salt: Vec<u8>,
+pub(crate) struct Prompt {
+    pub(crate) request: RequestId,
+    pub(crate) router: NodeId,
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) generation: Generation,
+    pub(crate) decode: Option<Destination>,
+    pub(crate) salt: Vec<u8>,
     /// When the handoff must be complete.
-    pub deadline: Time,
+    pub(crate) deadline: Time,
 }
 
 impl Prompt {
-    pub fn new(submit: Submit, router: NodeId, now: Time) -> Prompt {
+    pub(crate) fn new(submit: Submit, router: NodeId, now: Time) -> Prompt {
         Prompt {
             request: submit.request,
             router,

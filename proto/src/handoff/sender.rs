@@ -257,7 +257,7 @@ impl Sender {
     pub fn message(&mut self, now: Time, from: NodeId, message: Handoff) {
         match message {
             Handoff::Grant { request, leases } => {
-                if !self.requests.get(&request).is_some_and(|outgoing| outgoing.to == from) {
+                if self.requests.get(&request).is_none_or(|outgoing| outgoing.to != from) {
                     // Over already, or never begun: nothing was or will be written under these leases.
                     self.send(from, Handoff::Fenced { request, error: None });
                     return;

@@ -46,34 +46,34 @@ impl Break {
 
 /// What the wrappers below saw, and what they want done.
 #[derive(Default)]
-pub struct Seen {
+pub(super) struct Seen {
     /// `sever` calls: who cut whom.
-    pub severs: Vec<(NodeId, NodeId)>,
+    pub(super) severs: Vec<(NodeId, NodeId)>,
     /// Writes that arrived at a closed window: somebody freed memory that was still written.
-    pub refused: Vec<NodeId>,
+    pub(super) refused: Vec<NodeId>,
     /// Nodes with events that the network does not know of.
-    pub poked: Vec<NodeId>,
+    pub(super) poked: Vec<NodeId>,
     /// Messages to put into a node's own inbox.
-    pub injected: Vec<(NodeId, NodeEvent)>,
+    pub(super) injected: Vec<(NodeId, NodeEvent)>,
     /// Control connections, as each end knows them.
-    pub connected: BTreeSet<(NodeId, NodeId)>,
+    pub(super) connected: BTreeSet<(NodeId, NodeId)>,
     /// The epoch of each slot's current lease.
     epochs: BTreeMap<(NodeId, SlotId), SlotEpoch>,
 }
 
 /// Shared by a world and all wrappers in it.
-pub type SharedSeen = Arc<Mutex<Seen>>;
+pub(super) type SharedSeen = Arc<Mutex<Seen>>;
 
 fn lock(seen: &SharedSeen) -> MutexGuard<'_, Seen> {
     seen.lock().expect("one thread")
 }
 
 /// A node's control channel in the simulation.
-pub struct SimCluster {
-    pub node: NodeId,
-    pub network: SimNetwork,
-    pub seen: SharedSeen,
-    pub broken: Option<Break>,
+pub(super) struct SimCluster {
+    pub(super) node: NodeId,
+    pub(super) network: SimNetwork,
+    pub(super) seen: SharedSeen,
+    pub(super) broken: Option<Break>,
 }
 
 impl Cluster for SimCluster {
@@ -118,7 +118,7 @@ impl Cluster for SimCluster {
 }
 
 /// A node's transport in the simulation: watches it, and breaks it if asked to.
-pub struct WatchedTransport {
+pub(super) struct WatchedTransport {
     node: NodeId,
     inner: SimTransport,
     seen: SharedSeen,
@@ -134,7 +134,7 @@ pub struct WatchedTransport {
 }
 
 impl WatchedTransport {
-    pub fn new(
+    pub(super) fn new(
         node: NodeId,
         network: &SimNetwork,
         seen: SharedSeen,
@@ -155,7 +155,7 @@ impl WatchedTransport {
     }
 
     /// Where to put events for the next poll.
-    pub fn made_up(&self) -> Arc<Mutex<Vec<Event>>> {
+    pub(super) fn made_up(&self) -> Arc<Mutex<Vec<Event>>> {
         Arc::clone(&self.made_up)
     }
 }
@@ -189,7 +189,7 @@ impl WatchedTransport {
 }
 
 /// `DoneBeforeAllBytes`, on the decode node: every layer of the lease counts as landed.
-pub fn claim_landed(made_up: &Mutex<Vec<Event>>, peer: NodeId, token: LeaseToken) {
+pub(super) fn claim_landed(made_up: &Mutex<Vec<Event>>, peer: NodeId, token: LeaseToken) {
     let claims = (0..SHAPE.layers).map(|layer| {
         let immediate = Immediate::new(token.slot, LayerIdx(layer), token.epoch).to_bits();
         Event::Landed { peer, immediate, len: 0 }

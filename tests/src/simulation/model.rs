@@ -7,10 +7,10 @@ use tandem_proto::keys::Fingerprint;
 use tandem_proto::layout::{KvDtype, KvShape};
 
 /// Tokens of the model's vocabulary.
-pub const VOCAB: u32 = 61;
+pub(super) const VOCAB: u32 = 61;
 
 /// Small enough that thousands of runs take seconds; every dimension is more than one.
-pub const SHAPE: KvShape =
+pub(super) const SHAPE: KvShape =
     KvShape { layers: 3, kv_heads: 2, head_dim: 2, page_tokens: 4, chunk_tokens: 8, dtype: KvDtype::F32 };
 
 const ROW_BYTES: usize = 8;
@@ -39,7 +39,7 @@ fn next_token(digest: u64) -> TokenId {
 }
 
 /// What the model says after `prompt`, computed without any KV.
-pub fn expected(prompt: &[TokenId], count: usize) -> Vec<TokenId> {
+pub(super) fn expected(prompt: &[TokenId], count: usize) -> Vec<TokenId> {
     let (mut before, mut digest) = (0, 0);
     let mut take = |token: TokenId| {
         let chain = chain(before, token);
@@ -65,12 +65,12 @@ fn chain(before: u64, token: TokenId) -> u64 {
 }
 
 /// The model as an engine over paged KV.
-pub struct ChainEngine {
+pub(super) struct ChainEngine {
     info: ModelInfo,
 }
 
 impl ChainEngine {
-    pub fn new(max_positions: u32) -> ChainEngine {
+    pub(super) fn new(max_positions: u32) -> ChainEngine {
         ChainEngine {
             info: ModelInfo {
                 name: "chain".into(),

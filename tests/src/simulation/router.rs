@@ -10,36 +10,36 @@ use tandem_proto::wire::{
 use tandem_transport::sim::SimNetwork;
 
 /// Milliseconds that nodes get for a handoff, and for all of a request.
-pub const HANDOFF_TIMEOUT_MS: u32 = 8_000;
-pub const GENERATION_TIMEOUT_MS: u32 = 15_000;
+pub(super) const HANDOFF_TIMEOUT_MS: u32 = 8_000;
+pub(super) const GENERATION_TIMEOUT_MS: u32 = 15_000;
 
 /// A request that is to be made.
 #[derive(Clone, Debug)]
-pub struct Plan {
-    pub at: Time,
-    pub prompt: Vec<TokenId>,
-    pub choices: u32,
-    pub max_tokens: u32,
+pub(super) struct Plan {
+    pub(super) at: Time,
+    pub(super) prompt: Vec<TokenId>,
+    pub(super) choices: u32,
+    pub(super) max_tokens: u32,
     /// When the client goes away.
-    pub cancel_at: Option<Time>,
+    pub(super) cancel_at: Option<Time>,
     /// Which nodes; any if None.
-    pub pair: Option<(NodeId, NodeId)>,
+    pub(super) pair: Option<(NodeId, NodeId)>,
 }
 
 /// A request that was made.
-pub struct Made {
-    pub plan: Plan,
-    pub prefill: NodeId,
-    pub decode: NodeId,
+pub(super) struct Made {
+    pub(super) plan: Plan,
+    pub(super) prefill: NodeId,
+    pub(super) decode: NodeId,
     expected: Vec<TokenId>,
     got: Vec<Vec<TokenId>>,
     finished: Vec<bool>,
-    pub end: Option<End>,
+    pub(super) end: Option<End>,
 }
 
 /// How a request ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum End {
+pub(super) enum End {
     Complete,
     Cancelled,
     Failed(RequestError),
@@ -48,14 +48,14 @@ pub enum End {
 }
 
 #[derive(Default)]
-pub struct Requests {
-    pub made: BTreeMap<RequestId, Made>,
-    pub violations: Vec<String>,
+pub(super) struct Requests {
+    pub(super) made: BTreeMap<RequestId, Made>,
+    pub(super) violations: Vec<String>,
 }
 
 impl Requests {
     /// Sends a request to both nodes. False when one of them takes no message.
-    pub fn make(
+    pub(super) fn make(
         &mut self,
         plan: Plan,
         network: &SimNetwork,
@@ -110,7 +110,7 @@ impl Requests {
     }
 
     /// Ends a request, and tells both nodes unless they know.
-    pub fn end(&mut self, request: RequestId, end: End, network: &SimNetwork, router: NodeId) {
+    pub(super) fn end(&mut self, request: RequestId, end: End, network: &SimNetwork, router: NodeId) {
         let Some(made) = self.made.get_mut(&request).filter(|made| made.end.is_none()) else {
             return;
         };
@@ -123,14 +123,14 @@ impl Requests {
     }
 
     /// Ends all requests of a node that is gone.
-    pub fn node_lost(&mut self, node: NodeId, network: &SimNetwork, router: NodeId) {
+    pub(super) fn node_lost(&mut self, node: NodeId, network: &SimNetwork, router: NodeId) {
         let of_node = self.made.iter().filter(|(_, made)| made.prefill == node || made.decode == node);
         for request in of_node.map(|(request, _)| *request).collect::<Vec<_>>() {
             self.end(request, End::Lost, network, router);
         }
     }
 
-    pub fn message(&mut self, message: Message, network: &SimNetwork, router: NodeId) {
+    pub(super) fn message(&mut self, message: Message, network: &SimNetwork, router: NodeId) {
         match message {
             Message::FirstTokens(FirstTokens { request, tokens, .. }) => {
                 for (choice, token) in tokens.into_iter().enumerate() {
@@ -195,7 +195,7 @@ fn tell(network: &SimNetwork, router: NodeId, node: NodeId, message: &Message) -
 }
 
 /// A prompt that shares its beginning with others of its family.
-pub fn prompt(family: u64, len: u32, differs_from: u32) -> Vec<TokenId> {
+pub(super) fn prompt(family: u64, len: u32, differs_from: u32) -> Vec<TokenId> {
     let token = |position: u32, family: u64| {
         let mixed =
             (u64::from(position) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ family.wrapping_mul(0x85eb_ca6b));
