@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+import urllib.error
 import urllib.request
 
 
@@ -23,7 +24,7 @@ def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the model's folder, with eval/ and train_report.json")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="the endpoint (default: %(default)s)")
-    parser.add_argument("--concurrent", type=int, default=16, help="requests at once (default: %(default)s)")
+    parser.add_argument("--concurrent", type=int, default=8, help="requests at once (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=None, help="cases of each type, at most (default: all)")
     parser.add_argument("--points", type=float, default=2.0, help="allowed difference (default: %(default)s)")
     return parser.parse_args()
@@ -37,8 +38,12 @@ def served_model(url):
 def ask(url, model, messages):
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 160}
     request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=300) as answer:
-        return json.load(answer)["choices"][0]["message"]["content"]
+    try:
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.load(answer)["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError as error:
+        print(f"\n{error.code}: {error.read().decode(errors='replace')}", file=sys.stderr)
+        return ""
 
 
 def questions(case):

@@ -37,7 +37,7 @@ pub struct NodeOptions {
     /// Where the transport listens (UDP).
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub data: SocketAddr,
-    /// The address that other nodes reach this one at. Needed when it listens on 0.0.0.0 or [::].
+    /// The address that other nodes reach this one at. Needed when it listens on 0.0.0.0 or every IPv6 address.
     #[arg(long, value_name = "IP")]
     pub advertise: Option<IpAddr>,
     /// Memory for pages of KV. Taken from the system as it is used, so a large value costs nothing by itself.

@@ -63,9 +63,9 @@ struct Config {
     #[arg(long, value_name = "COUNT", default_value = "8", help_heading = "Limits")]
     max_node_waiting: u32,
 
-    /// From submission until the whole KV is at the decode node. The default leaves room for a long prompt
-    /// on a slow CPU.
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = units::duration, help_heading = "Deadlines")]
+    /// From submission until the whole KV is at the decode node, time in the prefill node's queue included.
+    /// The default leaves room for a queue of long prompts on a slow CPU; dead nodes are noticed otherwise.
+    #[arg(long, value_name = "DURATION", default_value = "300s", value_parser = units::duration, help_heading = "Deadlines")]
     handoff_timeout: Duration,
     /// From submission until the last token. The default is what OpenAI's own clients wait.
     #[arg(long, value_name = "DURATION", default_value = "600s", value_parser = units::duration, help_heading = "Deadlines")]
