@@ -109,12 +109,7 @@ pub fn start(
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async move {
         let node = random_node_id().context("no randomness for the node's id")?;
-        let tuning = Tuning {
-            mtu: options.mtu,
-            dead_after: options.peer_timeout,
-            keep_alive: options.peer_timeout / 6,
-            ..Tuning::default()
-        };
+        let tuning = Tuning { mtu: options.mtu, ..Tuning::dead_after(options.peer_timeout) };
         let limits = Limits { tuning: tuning.clone(), ..Limits::default() };
         let (control, events) = Control::bind(options.control, &identity, node, limits)?;
         let quic = QuicConfig { threads: options.data_threads, tuning, ..QuicConfig::default() };

@@ -14,8 +14,8 @@ use std::time::Duration;
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
 use tandem_proto::ids::NodeId;
 use tandem_text::TextModel;
-use tandem_transport::Identity;
 use tandem_transport::control::{Control, Limits};
+use tandem_transport::{Identity, Tuning};
 
 /// Serves an OpenAI-compatible endpoint in front of prefill and decode nodes.
 ///
@@ -74,6 +74,11 @@ struct Config {
     /// more than a mobile network's usual gap.
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = units::duration, help_heading = "Deadlines")]
     client_timeout: Duration,
+    /// Silence after which a node counts as dead. Between two processes the smaller of their values holds.
+    ///
+    /// The default notices a killed process in under a second. Raise it where machines are overloaded.
+    #[arg(long, value_name = "DURATION", default_value = "900ms", value_parser = units::duration, help_heading = "Deadlines")]
+    peer_timeout: Duration,
 
     #[command(flatten)]
     tls: TlsOptions,
@@ -129,7 +134,9 @@ async fn run(config: Config, identity: Identity, model: TextModel, shutdown: Shu
     let mut bytes = [0; 8];
     getrandom::fill(&mut bytes).context("cannot draw this process's id")?;
     let local = NodeId(u64::from_le_bytes(bytes));
-    let (control, events) = Control::bind(config.control, &identity, local, Limits::default())
+    let tuning = Tuning::dead_after(config.peer_timeout);
+    let limits = Limits { tuning, ..Limits::default() };
+    let (control, events) = Control::bind(config.control, &identity, local, limits)
         .with_context(|| format!("cannot listen for nodes on {}", config.control))?;
     let listener = tokio::net::TcpListener::bind(config.listen).await;
     let listener = listener.with_context(|| format!("cannot listen for clients on {}", config.listen))?;

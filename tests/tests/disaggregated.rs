@@ -73,9 +73,10 @@ fn chosen(answer: &Value) -> Vec<u32> {
 fn two_hundred_prompts_are_what_one_process_computes() {
     let mut options = ClusterOptions::new(&model("tiny").expect("the project's own model"));
     (options.prefill, options.decode) = (2, 2);
-    options.router_flags = vec!["--served-model-name".into(), "tiny".into()];
-    // Seven processes share this machine's cores: silence of a second is no sign of death here.
+    // Five processes and this one share the machine's cores: silence of a second is no sign of death here.
     options.node_flags = vec!["--peer-timeout".into(), "10s".into()];
+    options.router_flags = options.node_flags.clone();
+    options.router_flags.extend(["--served-model-name".into(), "tiny".into()]);
     let mut cluster = Cluster::start(&options);
     let prompts = prompts();
     let answers: Vec<Mutex<Option<Value>>> = prompts.iter().map(|_| Mutex::new(None)).collect();

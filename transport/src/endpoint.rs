@@ -112,6 +112,12 @@ pub(crate) struct Bound {
 const MTU_RANGE: &str = "from 1200 to 16383";
 
 impl Tuning {
+    /// The defaults, with silence borne for this long: an idle peer says something six times as often.
+    #[must_use]
+    pub fn dead_after(silence: Duration) -> Tuning {
+        Tuning { dead_after: silence, keep_alive: silence / 6, ..Tuning::default() }
+    }
+
     fn check(&self) -> Result<(), BindError> {
         for (name, value) in [("mtu", self.mtu), ("loopback_mtu", self.loopback_mtu)] {
             if !(1200..16_384).contains(&value) {

@@ -47,28 +47,16 @@ impl Server {
 
     async fn say(&self, over: Value) -> Result<String, String> {
         let mut answer = self.client.chat().create(self.chat(over)).await.map_err(text)?;
-        answer
-            .choices
-            .remove(0)
-            .message
-            .content
-            .ok_or_else(|| "no content".to_owned())
+        answer.choices.remove(0).message.content.ok_or_else(|| "no content".to_owned())
     }
 
     /// Requests that the router has in progress, from its metrics.
     async fn running(&self) -> Result<f64, String> {
         const NAME: &str = "tandem_router_requests_running";
         let url = format!("{}/metrics", self.base.trim_end_matches("/v1"));
-        let body = reqwest::get(url)
-            .await
-            .map_err(text)?
-            .text()
-            .await
-            .map_err(text)?;
+        let body = reqwest::get(url).await.map_err(text)?.text().await.map_err(text)?;
         let lines = body.lines().filter(|line| line.starts_with(NAME));
-        let values: Vec<f64> = lines
-            .filter_map(|line| line.rsplit_once(' ')?.1.parse().ok())
-            .collect();
+        let values: Vec<f64> = lines.filter_map(|line| line.rsplit_once(' ')?.1.parse().ok()).collect();
         if values.is_empty() {
             Err(format!("{NAME} is not among the metrics"))
         } else {
@@ -84,9 +72,7 @@ impl Server {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err(format!(
-                    "{now} requests run after {within:?}, expected {expected}"
-                ));
+                return Err(format!("{now} requests run after {within:?}, expected {expected}"));
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -105,11 +91,7 @@ fn text(error: impl ToString) -> String {
 }
 
 fn equal<T: PartialEq + Debug>(found: T, expected: T) -> Outcome {
-    if found == expected {
-        Ok(())
-    } else {
-        Err(format!("{found:?}, expected {expected:?}"))
-    }
+    if found == expected { Ok(()) } else { Err(format!("{found:?}, expected {expected:?}")) }
 }
 
 /// The call failed with this status, code and param.
@@ -130,14 +112,8 @@ fn refused<T>(result: Result<T, OpenAIError>, status: u16, code: Option<&str>, p
 async fn models_are_listed_and_retrieved(server: &Server) -> Outcome {
     let models = server.client.models();
     let list = models.list().await.map_err(text)?;
-    equal(
-        list.data.iter().map(|model| model.id.clone()).collect(),
-        vec![server.model.clone()],
-    )?;
-    equal(
-        models.retrieve(&server.model).await.map_err(text)?.id,
-        server.model.clone(),
-    )?;
+    equal(list.data.iter().map(|model| model.id.clone()).collect(), vec![server.model.clone()])?;
+    equal(models.retrieve(&server.model).await.map_err(text)?.id, server.model.clone())?;
     match models.retrieve("nope").await {
         Err(OpenAIError::ApiError(error)) => equal(error.api_error.code.as_deref(), Some("model_not_found")),
         other => Err(format!("{other:?}, expected model_not_found")),
@@ -145,12 +121,7 @@ async fn models_are_listed_and_retrieved(server: &Server) -> Outcome {
 }
 
 async fn chat_answers_and_counts(server: &Server) -> Outcome {
-    let answer = server
-        .client
-        .chat()
-        .create(server.chat(json!({})))
-        .await
-        .map_err(text)?;
+    let answer = server.client.chat().create(server.chat(json!({}))).await.map_err(text)?;
     equal(answer.choices[0].message.content.as_deref(), Some(ANSWER))?;
     equal(answer.choices[0].finish_reason, Some(FinishReason::Stop))?;
     let usage = answer.usage.ok_or("no usage")?;
@@ -176,51 +147,26 @@ async fn chat_streams_with_usage(server: &Server) -> Outcome {
         usage = chunk.usage;
     }
     equal(said.as_str(), ANSWER)?;
-    equal(
-        usage.ok_or("no usage in the last chunk")?.prompt_tokens as usize,
-        HELLO_IDS.len(),
-    )?;
-    if chunks > 5 {
-        Ok(())
-    } else {
-        Err(format!("only {chunks} chunks: that is no stream"))
-    }
+    equal(usage.ok_or("no usage in the last chunk")?.prompt_tokens as usize, HELLO_IDS.len())?;
+    if chunks > 5 { Ok(()) } else { Err(format!("only {chunks} chunks: that is no stream")) }
 }
 
 async fn completions_of_text_texts_ids_and_lists(server: &Server) -> Outcome {
-    let create = async |over| {
-        server
-            .client
-            .completions()
-            .create(server.completion(over))
-            .await
-            .map_err(text)
-    };
+    let create = async |over| server.client.completions().create(server.completion(over)).await.map_err(text);
     let ids = create(json!({})).await?;
     equal(ids.choices[0].text.as_str(), ANSWER)?;
-    equal(
-        ids.usage.ok_or("no usage")?.prompt_tokens as usize,
-        HELLO_IDS.len(),
-    )?;
+    equal(ids.usage.ok_or("no usage")?.prompt_tokens as usize, HELLO_IDS.len())?;
     let one = create(json!({"prompt": "The capital", "max_tokens": 8})).await?;
     let two = create(json!({"prompt": ["The capital", "Once upon a time"], "max_tokens": 8})).await?;
     equal(two.choices.len(), 2)?;
     equal(two.choices[0].text.as_str(), one.choices[0].text.as_str())?;
     let lists = create(json!({"prompt": [HELLO_IDS, HELLO_IDS], "max_tokens": 32})).await?;
-    equal(
-        lists.choices.iter().map(|choice| choice.text.as_str()).collect(),
-        vec![ANSWER, ANSWER],
-    )
+    equal(lists.choices.iter().map(|choice| choice.text.as_str()).collect(), vec![ANSWER, ANSWER])
 }
 
 async fn completion_streams(server: &Server) -> Outcome {
     let request = server.completion(json!({"stream": true}));
-    let mut stream = server
-        .client
-        .completions()
-        .create_stream(request)
-        .await
-        .map_err(text)?;
+    let mut stream = server.client.completions().create_stream(request).await.map_err(text)?;
     let mut said = String::new();
     while let Some(chunk) = stream.next().await {
         for choice in chunk.map_err(text)?.choices {
@@ -231,31 +177,15 @@ async fn completion_streams(server: &Server) -> Outcome {
 }
 
 async fn stop_length_n_seed_and_logprobs(server: &Server) -> Outcome {
-    equal(
-        server.say(json!({"stop": [" documents"]})).await?.as_str(),
-        "Hello! Give me some",
-    )?;
+    equal(server.say(json!({"stop": [" documents"]})).await?.as_str(), "Hello! Give me some")?;
     let over = json!({"max_completion_tokens": 3, "n": 2, "logprobs": true, "top_logprobs": 2});
-    let short = server
-        .client
-        .chat()
-        .create(server.chat(over))
-        .await
-        .map_err(text)?;
+    let short = server.client.chat().create(server.chat(over)).await.map_err(text)?;
     equal(short.choices.len(), 2)?;
     for choice in short.choices {
         equal(choice.finish_reason, Some(FinishReason::Length))?;
-        let content = choice
-            .logprobs
-            .and_then(|logprobs| logprobs.content)
-            .ok_or("no logprobs")?;
+        let content = choice.logprobs.and_then(|logprobs| logprobs.content).ok_or("no logprobs")?;
         equal(content.len(), 3)?;
-        equal(
-            content
-                .iter()
-                .all(|token| token.top_logprobs.len() == 2 && token.logprob <= 0.0),
-            true,
-        )?;
+        equal(content.iter().all(|token| token.top_logprobs.len() == 2 && token.logprob <= 0.0), true)?;
     }
     let seeded = json!({"temperature": 2.0, "seed": 5, "max_completion_tokens": 12});
     equal(server.say(seeded.clone()).await?, server.say(seeded).await?)
@@ -263,38 +193,13 @@ async fn stop_length_n_seed_and_logprobs(server: &Server) -> Outcome {
 
 async fn bad_requests_are_refused(server: &Server) -> Outcome {
     let (chat, completions) = (server.client.chat(), server.client.completions());
-    refused(
-        chat.create(server.chat(json!({"model": "nope"}))).await,
-        404,
-        Some("model_not_found"),
-        "model",
-    )?;
-    refused(
-        chat.create(server.chat(json!({"temperature": 2.5}))).await,
-        400,
-        None,
-        "temperature",
-    )?;
-    refused(
-        chat.create(server.chat(json!({"messages": []}))).await,
-        400,
-        None,
-        "messages",
-    )?;
+    refused(chat.create(server.chat(json!({"model": "nope"}))).await, 404, Some("model_not_found"), "model")?;
+    refused(chat.create(server.chat(json!({"temperature": 2.5}))).await, 400, None, "temperature")?;
+    refused(chat.create(server.chat(json!({"messages": []}))).await, 400, None, "messages")?;
     let long = server.completion(json!({"prompt": vec![45; 100_000]}));
-    refused(
-        completions.create(long).await,
-        400,
-        Some("context_length_exceeded"),
-        "prompt",
-    )?;
+    refused(completions.create(long).await, 400, Some("context_length_exceeded"), "prompt")?;
     let hot = json!({"model": server.model, "messages": [{"role": "user", "content": "Hello"}], "temperature": "hot"});
-    refused(
-        chat.create_byot::<Value, Value>(hot).await,
-        400,
-        None,
-        "temperature",
-    )
+    refused(chat.create_byot::<Value, Value>(hot).await, 400, None, "temperature")
 }
 
 async fn many_at_once(server: &Server) -> Outcome {
@@ -310,16 +215,9 @@ async fn dropping_the_stream_cancels(server: &Server) -> Outcome {
     let request = json!({"model": server.model, "prompt": HELLO_IDS, "temperature": 0.0, "stream": true,
                          "max_tokens": 4000, "ignore_eos": true});
     let completions = server.client.completions();
-    let mut stream = completions
-        .create_stream_byot::<Value, Value>(request)
-        .await
-        .map_err(text)?;
+    let mut stream = completions.create_stream_byot::<Value, Value>(request).await.map_err(text)?;
     for _ in 0..3 {
-        stream
-            .next()
-            .await
-            .ok_or("the stream ended early")?
-            .map_err(text)?;
+        stream.next().await.ok_or("the stream ended early")?.map_err(text)?;
     }
     equal(server.running().await?, 1.0)?;
     drop(stream);
@@ -336,14 +234,7 @@ async fn main() -> std::process::ExitCode {
     let base = std::env::var("OPENAI_BASE_URL").expect("OPENAI_BASE_URL says where the endpoint is");
     let base = base.trim_end_matches('/').to_owned();
     let client = Client::with_config(OpenAIConfig::new().with_api_base(&base).with_api_key("none"));
-    let model = client
-        .models()
-        .list()
-        .await
-        .expect("a list of models")
-        .data
-        .remove(0)
-        .id;
+    let model = client.models().list().await.expect("a list of models").data.remove(0).id;
     let server = Server { client, base, model };
     let tests = tests![
         models_are_listed_and_retrieved,
@@ -370,9 +261,5 @@ async fn main() -> std::process::ExitCode {
         println!("{verdict:6} {:6.2}s {name}", began.elapsed().as_secs_f64());
     }
     println!("{CLIENT}: {} passed, {failed} failed", tests.len() - failed);
-    if failed == 0 {
-        std::process::ExitCode::SUCCESS
-    } else {
-        std::process::ExitCode::FAILURE
-    }
+    if failed == 0 { std::process::ExitCode::SUCCESS } else { std::process::ExitCode::FAILURE }
 }
