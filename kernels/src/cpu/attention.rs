@@ -323,6 +323,7 @@ impl Work<'_> {
                         c: scores,
                         c_row: BLOCK,
                         fresh: true,
+                        ahead: 0,
                     };
                     tiles::<S, f32, PACKED>(s, height, seen.div_ceil(PANEL), product);
                     for i in 0..height {
@@ -547,6 +548,7 @@ impl Values {
             c: sums,
             c_row: wide,
             fresh: false,
+            ahead: 0,
         };
         // SAFETY: by the caller's promise.
         unsafe { tiles::<S, f32, BLOCK>(s, height, wide / PANEL, product) };

@@ -44,6 +44,15 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts(storage.bytes().as_ptr().cast(), count) }
     }
 
+    /// Its first byte's address, to compute with: nothing is promised about what lies there.
+    pub(crate) fn start(&self) -> *const u8 {
+        match &self.storage {
+            // SAFETY: the slice is not kept, and nobody writes while `self` is borrowed.
+            Some(storage) => unsafe { storage.bytes() }.as_ptr(),
+            None => std::ptr::null(),
+        }
+    }
+
     /// As [`Buffer::slice`], to write.
     pub(crate) fn slice_mut<T: Element>(&mut self, count: usize) -> &mut [T] {
         let Some(storage) = &self.storage else {

@@ -21,6 +21,13 @@ pub(crate) const MAX_TILE_ROWS: usize = 14;
 const PASS_INPUTS: usize = 1024;
 /// Bytes of packed rows that one task goes through for each panel: about half a second-level cache.
 const BLOCK_BYTES: usize = 1 << 20;
+/// How far ahead weights are asked for: the time of a trip to memory at the rate of its arrival.
+const AHEAD_BYTES: usize = 2048;
+const CACHE_LINE: usize = 64;
+/// Tiles up to which a panel is not worth a copy as f32.
+const FEW_TILES: usize = 3;
+/// Panels that one task goes through, at most: while one is multiplied, the next is fetched.
+const TASK_PANELS: usize = 4;
 /// Multiply-adds below which a second thread costs more than it gives.
 const ALONE: usize = 1 << 15;
 
@@ -180,6 +187,18 @@ impl Matrix {
         }
     }
 
+    /// Where number `index` of the packed weights begins, in bytes from the first.
+    #[inline(always)]
+    fn line(&self, index: usize) -> usize {
+        index * self.dtype.size_bytes()
+    }
+
+    /// The address of a byte of the packed weights, to be asked for ahead.
+    #[inline(always)]
+    fn byte(&self, offset: usize) -> *const u8 {
+        self.data.start().wrapping_add(offset)
+    }
+
     fn panels(&self) -> usize {
         self.width.div_ceil(self.panel_width())
     }
@@ -243,6 +262,9 @@ pub(crate) struct Tile<'a, E> {
     pub(crate) c_row: usize,
     /// Start from zero rather than from what is in `c`.
     pub(crate) fresh: bool,
+    /// Ask for the second operand so many bytes before it is needed: for what comes from memory in order.
+    /// The machine's own prefetcher stops at the ends of 4 KiB pages. None if zero.
+    pub(crate) ahead: usize,
 }
 
 /// The stride that [`tiles`] takes for rows packed as `[step][row]`.
@@ -351,7 +373,13 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize, const ROW: u
             for _ in 0..segment.steps {
                 let mut columns = [(zero, zero); P];
                 for (p, column) in columns.iter_mut().enumerate() {
-                    *column = E::load_panel(s, b.add(p * t.b_panel));
+                    let b = b.add(p * t.b_panel);
+                    *column = E::load_panel(s, b);
+                    if t.ahead > 0 {
+                        for line in (0..PANEL * size_of::<E>()).step_by(CACHE_LINE) {
+                            s.prefetch(b.cast::<u8>().wrapping_add(t.ahead + line));
+                        }
+                    }
                 }
                 for (r, row) in acc.iter_mut().enumerate() {
                     let x = s.splat(*a.add(r * a_row));
@@ -508,9 +536,9 @@ impl Op for Product<'_> {
             });
             to.get()
         };
-        let job = Job { rows, split, a: Shared::new_const(a), weight, epilogue, out };
-        if split.tiles == 1 {
-            let wide = wide_panels(rows, S::TILE_ROWS);
+        let job = Job { split, a: Shared::new_const(a), weight, epilogue, out };
+        if split.tiles <= FEW_TILES {
+            let wide = wide_panels(split.height(0), S::TILE_ROWS);
             let groups = weight.panels().div_ceil(wide);
             let tasks = if small { 1 } else { groups.min(cpu.team.threads() * 8) };
             cpu.team.run(tasks, |task| {
@@ -521,11 +549,15 @@ impl Op for Product<'_> {
         } else {
             let tile_bytes = 4 * inputs * S::TILE_ROWS;
             let blocks = Split::new(split.tiles, (BLOCK_BYTES / tile_bytes).max(1));
+            // Enough groups that threads which end early find more to do.
             let panels = weight.panels();
-            cpu.team.run(blocks.tiles * panels, |task| {
-                let (block, panel) = (task / panels, task % panels);
+            let at_once = (blocks.tiles * panels / (8 * cpu.team.threads())).clamp(1, TASK_PANELS);
+            let groups = Split::new(panels, at_once);
+            cpu.team.run(blocks.tiles * groups.tiles, |task| {
+                let (block, group) = (task / groups.tiles, task % groups.tiles);
                 let tiles = blocks.first(block)..blocks.first(block) + blocks.height(block);
-                SCRATCH.with_borrow_mut(|scratch| cpu.isa.run(ManyRows { job, tiles, panel, scratch }));
+                let panels = groups.first(group)..groups.first(group) + groups.height(group);
+                SCRATCH.with_borrow_mut(|scratch| cpu.isa.run(ManyRows { job, tiles, panels, scratch }));
             });
         }
     }
@@ -565,7 +597,6 @@ impl Op for PackRows<'_> {
 /// What all tasks of a product share.
 #[derive(Clone, Copy)]
 struct Job<'a> {
-    rows: usize,
     split: Split,
     a: Shared<f32>,
     weight: &'a Matrix,
@@ -573,7 +604,7 @@ struct Job<'a> {
     out: Shared<f32>,
 }
 
-/// One tile of rows, by a range of panels; weights become f32 in registers.
+/// All rows, by a range of panels; weights become f32 in registers, for every tile again.
 struct FewRows<'a> {
     job: Job<'a>,
     panels: std::ops::Range<usize>,
@@ -593,8 +624,8 @@ impl Op for FewRows<'_> {
 
 #[inline(always)]
 fn few_rows<S: Simd, E: Element>(s: S, job: &Job<'_>, panels: std::ops::Range<usize>) {
-    let rows = job.rows;
-    let wide = wide_panels(rows, S::TILE_ROWS);
+    let split = job.split;
+    let wide = wide_panels(split.height(0), S::TILE_ROWS);
     let inputs = job.weight.inputs;
     let elements = job.weight.elements::<E>();
     let mut sums = [0.0f32; MAX_TILE_ROWS * PANEL];
@@ -602,32 +633,38 @@ fn few_rows<S: Simd, E: Element>(s: S, job: &Job<'_>, panels: std::ops::Range<us
     while panel < panels.end {
         let taken = wide.min(panels.end - panel);
         let b = elements[panel * PANEL * inputs..].as_ptr();
-        let t = Tile {
-            a: job.a.get(),
-            segments: &[Segment { b, steps: inputs }],
-            b_panel: PANEL * inputs,
-            b_step: PANEL,
-            c: sums.as_mut_ptr(),
-            c_row: taken * PANEL,
-            fresh: true,
-        };
-        // SAFETY: `a` holds the packed rows, `b` has `taken` panels, and `sums` has room: `wide` times rows is
-        // at most fourteen.
-        unsafe { tiles::<S, E, PACKED>(s, rows, taken, t) };
-        for p in 0..taken {
-            for row in 0..rows {
-                finish(s, job, row, panel + p, &sums[(row * taken + p) * PANEL..]);
+        for tile in 0..split.tiles {
+            let (first, height) = (split.first(tile), split.height(tile));
+            // SAFETY: `a` holds the packed rows of every tile, `b` has `taken` panels, and `sums` has room:
+            // `wide` times the tallest tile's rows is at most fourteen.
+            unsafe {
+                let t = Tile {
+                    a: job.a.get().add(packed_offset(split, tile, inputs)),
+                    segments: &[Segment { b, steps: inputs }],
+                    b_panel: PANEL * inputs,
+                    b_step: PANEL,
+                    c: sums.as_mut_ptr(),
+                    c_row: taken * PANEL,
+                    fresh: true,
+                    ahead: AHEAD_BYTES,
+                };
+                tiles::<S, E, PACKED>(s, height, taken, t);
+            }
+            for p in 0..taken {
+                for row in 0..height {
+                    finish(s, job, first + row, panel + p, &sums[(row * taken + p) * PANEL..]);
+                }
             }
         }
         panel += taken;
     }
 }
 
-/// A range of tiles, by one panel, which becomes f32 once for all of them.
+/// A range of tiles, by some panels, each of which becomes f32 once for all of them.
 struct ManyRows<'a> {
     job: Job<'a>,
     tiles: std::ops::Range<usize>,
-    panel: usize,
+    panels: std::ops::Range<usize>,
     scratch: &'a mut (Buffer, Buffer),
 }
 
@@ -635,58 +672,63 @@ impl Op for ManyRows<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        many_rows(s, &self.job, self.tiles, self.panel, self.scratch);
-    }
-}
-
-#[inline(always)]
-fn many_rows<S: Simd>(
-    s: S,
-    job: &Job<'_>,
-    range: std::ops::Range<usize>,
-    panel: usize,
-    (wide, sums): &mut (Buffer, Buffer),
-) {
-    let inputs = job.weight.inputs;
-    let pass = inputs.min(PASS_INPUTS);
-    let first_row = job.split.first(range.start);
-    let rows = job.split.first(range.end) - first_row;
-    let wide = wide.reserve::<f32>(pass * PANEL);
-    let sums = sums.reserve::<f32>(rows.max(MAX_TILE_ROWS) * PANEL);
-    let mut start = 0;
-    while start < inputs {
-        let end = (start + pass).min(inputs);
-        let part = panel * PANEL * inputs + start * PANEL..panel * PANEL * inputs + end * PANEL;
-        let b = match job.weight.dtype {
-            Dtype::F32 => f32::widen(s, &job.weight.elements()[part], wide),
-            Dtype::F16 => F16::widen(s, &job.weight.elements()[part], wide),
-            Dtype::Bf16 => Bf16::widen(s, &job.weight.elements()[part], wide),
-        };
-        for t in range.clone() {
-            let (height, row) = (job.split.height(t), job.split.first(t));
-            let sums = &mut sums[(row - first_row) * PANEL..];
-            // SAFETY: the tile's packed rows from `start` on, a panel of `end - start` steps, and sums for all
-            // rows of the tiles.
-            unsafe {
-                let a = job.a.get().add(packed_offset(job.split, t, inputs) + start * height).cast_const();
-                let t = Tile {
-                    a,
-                    segments: &[Segment { b, steps: end - start }],
-                    b_panel: 0,
-                    b_step: PANEL,
-                    c: sums.as_mut_ptr(),
-                    c_row: PANEL,
-                    fresh: start == 0,
-                };
-                tiles::<S, f32, PACKED>(s, height, 1, t);
-            }
-            if end == inputs {
-                for i in 0..height {
-                    finish(s, job, row + i, panel, &sums[i * PANEL..]);
+        let ManyRows { job, tiles: range, panels, scratch: (wide, sums) } = self;
+        let weight = job.weight;
+        let inputs = weight.inputs;
+        let pass = inputs.min(PASS_INPUTS);
+        let first_row = job.split.first(range.start);
+        let rows = job.split.first(range.end) - first_row;
+        let wide = wide.reserve::<f32>(pass * PANEL);
+        let sums = sums.reserve::<f32>(rows.max(MAX_TILE_ROWS) * PANEL);
+        for (panel, start) in
+            panels.clone().flat_map(|panel| (0..inputs).step_by(pass).map(move |k| (panel, k)))
+        {
+            let end = (start + pass).min(inputs);
+            let part = (panel * inputs + start) * PANEL..(panel * inputs + end) * PANEL;
+            let b = match weight.dtype {
+                Dtype::F32 => f32::widen(s, &weight.elements()[part.clone()], wide),
+                Dtype::F16 => F16::widen(s, &weight.elements()[part.clone()], wide),
+                Dtype::Bf16 => Bf16::widen(s, &weight.elements()[part.clone()], wide),
+            };
+            // What follows is the next pass, or the next panel.
+            let next = weight.line(part.end)
+                ..weight.line(((part.end + part.len()) / PANEL).min(panels.end * inputs) * PANEL);
+            let lines = Split::new(
+                next.len().div_ceil(CACHE_LINE),
+                next.len().div_ceil(CACHE_LINE * range.len()).max(1),
+            );
+            for (index, t) in range.clone().enumerate() {
+                if index < lines.tiles {
+                    for line in lines.first(index)..lines.first(index) + lines.height(index) {
+                        s.prefetch(weight.byte(next.start + line * CACHE_LINE));
+                    }
+                }
+                let (height, row) = (job.split.height(t), job.split.first(t));
+                let sums = &mut sums[(row - first_row) * PANEL..];
+                // SAFETY: the tile's packed rows from `start` on, a panel of `end - start` steps, and sums for
+                // all rows of the tiles.
+                unsafe {
+                    let a =
+                        job.a.get().add(packed_offset(job.split, t, inputs) + start * height).cast_const();
+                    let t = Tile {
+                        a,
+                        segments: &[Segment { b, steps: end - start }],
+                        b_panel: 0,
+                        b_step: PANEL,
+                        c: sums.as_mut_ptr(),
+                        c_row: PANEL,
+                        fresh: start == 0,
+                        ahead: 0,
+                    };
+                    tiles::<S, f32, PACKED>(s, height, 1, t);
+                }
+                if end == inputs {
+                    for i in 0..height {
+                        finish(s, &job, row + i, panel, &sums[i * PANEL..]);
+                    }
                 }
             }
         }
-        start = end;
     }
 }
 
