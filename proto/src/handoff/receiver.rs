@@ -46,7 +46,8 @@ pub struct Receiver {
     requests: BTreeMap<RequestId, Incoming>,
     early_offers: BTreeMap<RequestId, EarlyOffer>,
     slots: Vec<Slot>,
-    free: VecDeque<SlotId>,
+    /// The slot freed last is granted first: its memory is warm.
+    free: Vec<SlotId>,
     /// Requests with pages that lack slots, first come first served.
     waiting: VecDeque<RequestId>,
     severing: BTreeSet<NodeId>,
@@ -173,7 +174,7 @@ impl Receiver {
             requests: BTreeMap::new(),
             early_offers: BTreeMap::new(),
             slots: (0..slots).map(|_| Slot { epoch: SlotEpoch(0), lease: None }).collect(),
-            free: (0..slots).map(SlotId).collect(),
+            free: (0..slots).rev().map(SlotId).collect(),
             waiting: VecDeque::new(),
             severing: BTreeSet::new(),
             actions: VecDeque::new(),
@@ -449,7 +450,7 @@ impl Receiver {
             let chunks = self.shape.chunks(incoming.tokens);
             let mut leases = Vec::new();
             while incoming.granted < chunks && leases.len() < MAX_LEASES {
-                let Some(id) = self.free.pop_front() else { break };
+                let Some(id) = self.free.pop() else { break };
                 let slot = &mut self.slots[id.0 as usize];
                 slot.epoch = SlotEpoch(slot.epoch.0.wrapping_add(1));
                 let chunk = ChunkIdx(incoming.granted);
@@ -565,7 +566,7 @@ impl Receiver {
         if let Some(incoming) = self.requests.get_mut(&held.request) {
             incoming.held.remove(&id);
         }
-        self.free.push_back(id);
+        self.free.push(id);
         self.actions.push_back(ReceiverAction::Close { token });
     }
 }
