@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tandem_kernels::{CpuKernels, Kernels, KvPages};
 use tandem_memory::{Extent, HostRegion};
-use tandem_node::{Clock, Cluster, Inbox, NodeEvent, SendError};
+use tandem_node::{Clock, Cluster, Inbox, NodeEvent, RouterLink};
 use tandem_proto::handoff::{Receiver, ReceiverAction, ReceiverConfig};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
@@ -43,12 +43,8 @@ pub struct Inbound {
     windows: BTreeMap<LeaseToken, Window>,
     /// The prompts that may land, and their pages once they have some.
     prompts: BTreeMap<RequestId, Landing>,
-    router: Option<NodeId>,
-    /// Failures for which the router's queue had no room; at most one for each request the node accepts.
-    untold: VecDeque<Message>,
+    router: RouterLink,
     pub(crate) arrived: VecDeque<Arrival>,
-    /// The process was asked to finish.
-    pub(crate) draining: bool,
     /// It must finish now.
     pub(crate) stopped: bool,
     events: Vec<Event>,
@@ -90,10 +86,8 @@ impl Inbound {
             slot_bytes,
             windows: BTreeMap::new(),
             prompts: BTreeMap::new(),
-            router: None,
-            untold: VecDeque::new(),
+            router: RouterLink::default(),
             arrived: VecDeque::new(),
-            draining: false,
             stopped: false,
             events: Vec::new(),
         })
@@ -110,7 +104,7 @@ impl Inbound {
             }
         }
         self.receiver.tick(self.clock.now());
-        self.tell_untold();
+        self.router.flush(&*self.cluster);
         self.act(kv);
     }
 
@@ -122,7 +116,13 @@ impl Inbound {
 
     /// When a turn has something to do next if nothing happens.
     pub(crate) fn next_deadline(&self) -> Option<Time> {
-        self.receiver.next_timeout()
+        let flush = self.router.next_flush(self.clock.now());
+        self.receiver.next_timeout().into_iter().chain(flush).min()
+    }
+
+    /// Whether the process was asked to finish.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.router.is_draining()
     }
 
     /// The node has taken pages for the prompt: it may land.
@@ -158,63 +158,28 @@ impl Inbound {
         (self.receiver.slots(), self.receiver.free_slots())
     }
 
-    /// Tells the router; false when its queue is full and the message must be sent again later.
+    /// See [`RouterLink::try_tell`].
     #[must_use]
     pub(crate) fn try_tell_router(&mut self, message: &Message) -> bool {
-        let Some(router) = self.router else { return true };
-        match self.cluster.send(router, message) {
-            Err(SendError::Backlogged) => false,
-            Ok(()) | Err(SendError::NotConnected) => true,
-            Err(error) => {
-                tracing::warn!(%router, %error, "cannot tell the router; closing its connection");
-                self.cluster.close(router);
-                true
-            }
-        }
+        self.router.try_tell(&*self.cluster, message)
     }
 
-    /// Tells the router that a request failed, now or as soon as its queue has room.
-    pub(crate) fn tell_failed(&mut self, request: RequestId, error: RequestError) {
-        self.untold.push_back(Message::Failed { request, error });
-        self.tell_untold();
-    }
-
-    /// Whether messages wait for room in the router's queue.
-    pub(crate) fn has_untold(&self) -> bool {
-        !self.untold.is_empty()
-    }
-
-    fn tell_untold(&mut self) {
-        while let Some(message) = self.untold.pop_front() {
-            if !self.try_tell_router(&message) {
-                self.untold.push_front(message);
-                return;
-            }
-        }
+    /// See [`RouterLink::tell`].
+    pub(crate) fn tell_router(&mut self, message: Message) {
+        self.router.tell(&*self.cluster, message);
     }
 
     fn on_event(&mut self, event: NodeEvent) {
         match event {
-            NodeEvent::RouterUp { router } => {
-                self.router = Some(router);
-                if self.draining {
-                    self.untold.push_back(Message::Draining);
-                }
-            }
-            NodeEvent::Down { peer, reason } if self.router == Some(peer) => {
-                tracing::warn!(router = %peer, reason, "the router is gone; giving up its requests");
-                self.router = None;
-                self.untold.clear();
+            NodeEvent::RouterUp { router } => self.router.up(&*self.cluster, router),
+            NodeEvent::Down { peer, reason } if self.router.down(peer, &reason) => {
                 self.arrived.push_back(Arrival::RouterLost(peer));
             }
             NodeEvent::Down { peer, reason } => self.peer_lost(peer, &reason),
             NodeEvent::Message { from, message } => self.on_message(from, message),
             // A decode node dials nobody but the router.
             NodeEvent::Up { .. } | NodeEvent::DialFailed { .. } => {}
-            NodeEvent::Drain => {
-                self.draining = true;
-                self.untold.push_back(Message::Draining);
-            }
+            NodeEvent::Drain => self.router.drain(&*self.cluster),
             NodeEvent::Stop => self.stopped = true,
         }
     }

@@ -108,16 +108,16 @@ impl Node {
             self.step();
         }
         let told = self.tell_tokens();
-        let all_told = told.all && !self.inbound.has_untold();
         // Pages that were just freed may be what somebody waits for.
         let can_reserve = told.freed && !self.waiting.is_empty();
         if generating || can_reserve || self.inbound.has_news() {
             Next::Again
-        } else if self.inbound.draining && self.requests.is_empty() && self.inbound.open_handoffs() == 0 {
+        } else if self.inbound.is_draining() && self.requests.is_empty() && self.inbound.open_handoffs() == 0
+        {
             Next::Finished
         } else {
             // A router whose queue is full is tried again soon.
-            let again = (!all_told).then(|| self.inbound.clock.now().after_us(1000));
+            let again = (!told.all).then(|| self.inbound.clock.now().after_us(1000));
             let deadlines = self.requests.values().map(|request| request.deadline);
             Next::Wait(deadlines.chain(again).chain(self.inbound.next_deadline()).min())
         }
@@ -187,7 +187,7 @@ impl Node {
             Some(RequestError::Invalid(format!("the request needs {need} KV pages, this node has {room}")))
         } else if self.requests.len() >= self.limits.max_requests {
             Some(RequestError::Busy(format!("{} requests are on the decode node", self.requests.len())))
-        } else if self.inbound.draining {
+        } else if self.inbound.is_draining() {
             Some(RequestError::Busy("the decode node is draining".into()))
         } else {
             None
@@ -382,7 +382,7 @@ impl Node {
 
     fn fail(&mut self, request: RequestId, error: RequestError) {
         tracing::info!(%request, %error, "request failed");
-        self.inbound.tell_failed(request, error);
+        self.inbound.tell_router(Message::Failed { request, error });
     }
 
     fn tell_load(&mut self) {

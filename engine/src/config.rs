@@ -1,6 +1,5 @@
 //! `config.json` and `generation_config.json`: what the model is, or why it cannot be run.
 
-use crate::info::GenerationDefaults;
 use crate::load::{LoadError, read_json};
 use crate::rope::Rope;
 use serde_json::{Map, Value};
@@ -52,24 +51,23 @@ pub(crate) struct Config {
     pub(crate) windows: Vec<Option<u32>>,
 }
 
-/// Special tokens and recommendations.
+/// Tokens that begin and end sequences.
 #[derive(Clone, PartialEq, Debug, Default)]
-pub(crate) struct Generation {
+pub(crate) struct SpecialTokens {
     pub(crate) eos: Vec<TokenId>,
     pub(crate) bos: Option<TokenId>,
-    pub(crate) defaults: GenerationDefaults,
 }
 
 impl Config {
     /// Reads the configuration in `dir`.
-    pub(crate) fn read(dir: &Path) -> Result<(Config, Generation), LoadError> {
+    pub(crate) fn read(dir: &Path) -> Result<(Config, SpecialTokens), LoadError> {
         let json = read_json(&dir.join("config.json"))?;
         let settings = Settings::new(&json);
         let config = Config::from_settings(&settings)?;
         let path = dir.join("generation_config.json");
         let generation = if path.is_file() { read_json(&path)? } else { Map::new() };
-        let generation = Generation::read(&Settings::new(&generation), &settings, config.vocab_size)?;
-        Ok((config, generation))
+        let tokens = SpecialTokens::read(&Settings::new(&generation), &settings, config.vocab_size)?;
+        Ok((config, tokens))
     }
 
     fn from_settings(config: &Settings<'_>) -> Result<Config, LoadError> {
@@ -216,30 +214,18 @@ fn windows(config: &Settings<'_>, family: Family, layers: usize) -> Result<Vec<O
     }
 }
 
-impl Generation {
-    /// Special tokens are where `generation_config.json` says, else where `config.json` does.
+impl SpecialTokens {
+    /// They are where `generation_config.json` says, else where `config.json` does.
     fn read(
         generation: &Settings<'_>,
         config: &Settings<'_>,
         vocab_size: usize,
-    ) -> Result<Generation, LoadError> {
+    ) -> Result<SpecialTokens, LoadError> {
         let tokens = |field: &str| match generation.tokens(field, vocab_size)? {
             Some(tokens) => Ok(tokens),
             None => Ok::<_, LoadError>(config.tokens(field, vocab_size)?.unwrap_or_default()),
         };
-        Ok(Generation {
-            eos: tokens("eos_token_id")?,
-            bos: tokens("bos_token_id")?.first().copied(),
-            defaults: GenerationDefaults {
-                do_sample: generation.flag("do_sample")?,
-                max_new_tokens: generation.count("max_new_tokens", 1..=1 << 24)?.map(|n| n as u32),
-                temperature: generation.number("temperature")?,
-                top_p: generation.number("top_p")?,
-                top_k: generation.count("top_k", 0..=1 << 24)?.map(|n| n as u32),
-                min_p: generation.number("min_p")?,
-                repetition_penalty: generation.number("repetition_penalty")?,
-            },
-        })
+        Ok(SpecialTokens { eos: tokens("eos_token_id")?, bos: tokens("bos_token_id")?.first().copied() })
     }
 }
 

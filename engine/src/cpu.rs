@@ -56,7 +56,7 @@ impl CpuEngine {
     /// tensor is the reason.
     pub fn load(dir: &Path, options: LoadOptions) -> Result<CpuEngine, LoadError> {
         let begun = std::time::Instant::now();
-        let (config, generation) = Config::read(dir)?;
+        let (config, special) = Config::read(dir)?;
         let kv = KvShape {
             layers: config.layers as u32,
             kv_heads: config.kv_heads as u32,
@@ -78,9 +78,8 @@ impl CpuEngine {
             max_positions: config.max_positions,
             kv,
             fingerprint: fingerprint(&config, &weights, options.kv_dtype),
-            eos: generation.eos,
-            bos: generation.bos,
-            defaults: generation.defaults,
+            eos: special.eos,
+            bos: special.bos,
             parameters: weights.count(|_| true),
             layer_parameters: weights.count(|name| name.starts_with("model.layers.")),
             architecture: config.architecture,

@@ -23,29 +23,8 @@ pub struct ModelInfo {
     pub eos: Vec<TokenId>,
     /// The token that begins a sequence, if the model has one.
     pub bos: Option<TokenId>,
-    /// What its makers recommend.
-    pub defaults: GenerationDefaults,
     /// Numbers of all weights.
     pub parameters: u64,
     /// Those of them that every token goes through: all but the embedding and the output matrix.
     pub layer_parameters: u64,
-}
-
-/// What `generation_config.json` recommends; None where it says nothing.
-#[derive(Clone, PartialEq, Debug, Default)]
-pub struct GenerationDefaults {
-    /// Whether to draw tokens at all; false means the most likely one.
-    pub do_sample: Option<bool>,
-    /// Tokens of a completion, at most.
-    pub max_new_tokens: Option<u32>,
-    /// See `SamplingParams`.
-    pub temperature: Option<f32>,
-    /// See `SamplingParams`.
-    pub top_p: Option<f32>,
-    /// See `SamplingParams`.
-    pub top_k: Option<u32>,
-    /// See `SamplingParams`.
-    pub min_p: Option<f32>,
-    /// See `SamplingParams`.
-    pub repetition_penalty: Option<f32>,
 }

@@ -25,7 +25,7 @@ pub mod single;
 mod weights;
 
 pub use cpu::{CpuEngine, LoadOptions};
-pub use info::{GenerationDefaults, ModelInfo};
+pub use info::ModelInfo;
 pub use load::LoadError;
 pub use tandem_kernels::cpu::Isa;
 

@@ -5,17 +5,28 @@ use tandem_proto::keys::ChunkKey;
 /// The pages of one pool: who holds them, and which hold a whole chunk under its key.
 ///
 /// A page has any number of holders. Sequences hold the pages of their page table; the pool itself holds the
-/// pages of published chunks, and lets go of the chunk unused for longest when pages are wanted.
+/// pages of published chunks, and lets go of the chunk unused for longest when pages are wanted. A chunk is
+/// idle while the pool is the only holder of all its pages. Every operation costs time for the pages it
+/// names, none for those that the pool holds besides.
 #[derive(Debug)]
 pub struct PagePool {
-    /// Holders of each page. A page is in `free` exactly when this is 0.
-    holders: Vec<u32>,
+    pages: Vec<Page>,
     free: Vec<PageId>,
     chunks: HashMap<ChunkKey, Chunk>,
-    /// Published chunks by when they were last used. Same entries as `chunks`.
-    by_use: BTreeMap<u64, ChunkKey>,
+    /// Idle chunks by when they were last used.
+    idle: BTreeMap<u64, ChunkKey>,
+    /// Pages of idle chunks.
+    idle_pages: usize,
     clock: u64,
     stats: PoolStats,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Page {
+    /// A page is in `free` exactly when this is 0.
+    holders: u32,
+    /// The published chunk that it is part of.
+    chunk: Option<ChunkKey>,
 }
 
 /// What a pool has counted since it was made.
@@ -33,6 +44,8 @@ pub struct PoolStats {
 struct Chunk {
     pages: Vec<PageId>,
     last_use: u64,
+    /// Pages that somebody besides the pool holds.
+    held: u32,
 }
 
 impl PagePool {
@@ -40,10 +53,11 @@ impl PagePool {
     #[must_use]
     pub fn new(pages: u32) -> PagePool {
         PagePool {
-            holders: vec![0; pages as usize],
+            pages: vec![Page::default(); pages as usize],
             free: (0..pages).rev().map(PageId).collect(),
             chunks: HashMap::new(),
-            by_use: BTreeMap::new(),
+            idle: BTreeMap::new(),
+            idle_pages: 0,
             clock: 0,
             stats: PoolStats::default(),
         }
@@ -52,14 +66,13 @@ impl PagePool {
     /// All pages.
     #[must_use]
     pub fn pages(&self) -> usize {
-        self.holders.len()
+        self.pages.len()
     }
 
     /// Pages that can be taken at once: free ones and those that only published chunks hold.
     #[must_use]
     pub fn available(&self) -> usize {
-        let evictable = self.chunks.values().filter(|chunk| self.is_unheld(chunk));
-        self.free.len() + evictable.map(|chunk| chunk.pages.len()).sum::<usize>()
+        self.free.len() + self.idle_pages
     }
 
     /// What was counted so far.
@@ -70,80 +83,103 @@ impl PagePool {
 
     /// Takes `count` pages, with the caller as their only holder; None, and nothing taken, when there is no room.
     pub fn take(&mut self, count: usize) -> Option<Vec<PageId>> {
-        if self.free.len() < count && self.available() < count {
+        if self.available() < count {
             return None;
         }
         while self.free.len() < count {
-            self.evict_oldest_unheld();
+            self.evict_oldest();
         }
         let pages = self.free.split_off(self.free.len() - count);
         for page in &pages {
-            self.holders[page.0 as usize] = 1;
+            self.pages[page.0 as usize].holders = 1;
         }
         Some(pages)
     }
 
     /// One more holder for each of these pages, all of which have one.
     pub fn share(&mut self, pages: &[PageId]) {
-        for page in pages {
-            let holders = &mut self.holders[page.0 as usize];
-            assert!(*holders > 0, "page {page} is shared but nobody holds it");
-            *holders += 1;
+        for id in pages {
+            let page = &mut self.pages[id.0 as usize];
+            assert!(page.holders > 0, "page {id} is shared but nobody holds it");
+            page.holders += 1;
+            if page.holders == 2
+                && let Some(key) = page.chunk
+            {
+                let chunk = self.chunks.get_mut(&key).expect("pages name chunks that are there");
+                chunk.held += 1;
+                if chunk.held == 1 {
+                    self.idle.remove(&chunk.last_use);
+                    self.idle_pages -= chunk.pages.len();
+                }
+            }
         }
     }
 
     /// One holder less for each of these pages; those without one are free.
     pub fn release(&mut self, pages: &[PageId]) {
-        for page in pages {
-            let holders = &mut self.holders[page.0 as usize];
-            assert!(*holders > 0, "page {page} is released but nobody holds it");
-            *holders -= 1;
-            if *holders == 0 {
-                self.free.push(*page);
+        for id in pages {
+            let page = &mut self.pages[id.0 as usize];
+            assert!(page.holders > 0, "page {id} is released but nobody holds it");
+            page.holders -= 1;
+            match (page.holders, page.chunk) {
+                (0, _) => self.free.push(*id),
+                (1, Some(key)) => {
+                    let chunk = self.chunks.get_mut(&key).expect("pages name chunks that are there");
+                    chunk.held -= 1;
+                    if chunk.held == 0 {
+                        self.idle.insert(chunk.last_use, key);
+                        self.idle_pages += chunk.pages.len();
+                    }
+                }
+                _ => {}
             }
         }
     }
 
     /// Keeps a chunk whose pages hold all of its KV and will not change again. The caller holds them too.
+    ///
+    /// # Panics
+    /// When a page is part of another chunk already, or nobody holds it.
     pub fn publish(&mut self, key: ChunkKey, pages: &[PageId]) {
         if self.chunks.contains_key(&key) {
             return;
         }
         self.share(pages);
+        for id in pages {
+            let page = &mut self.pages[id.0 as usize];
+            assert!(page.chunk.is_none(), "page {id} is part of two chunks");
+            page.chunk = Some(key);
+        }
         self.clock += 1;
-        self.by_use.insert(self.clock, key);
-        self.chunks.insert(key, Chunk { pages: pages.to_vec(), last_use: self.clock });
+        let held = pages.len() as u32;
+        self.chunks.insert(key, Chunk { pages: pages.to_vec(), last_use: self.clock, held });
     }
 
     /// The pages of the longest run of published chunks that starts `keys`, with the caller as one more holder.
     pub fn match_prefix(&mut self, keys: &[ChunkKey]) -> Vec<PageId> {
-        let mut pages = Vec::new();
+        let mut found = Vec::new();
         for key in keys {
-            let Some(chunk) = self.chunks.get_mut(key) else {
+            let Some(pages) = self.chunks.get(key).map(|chunk| chunk.pages.clone()) else {
                 self.stats.chunk_misses += 1;
                 break;
             };
             self.stats.chunk_hits += 1;
-            self.by_use.remove(&chunk.last_use);
+            // Held from here on, it is in no order of use until it is idle again.
+            self.share(&pages);
             self.clock += 1;
-            chunk.last_use = self.clock;
-            self.by_use.insert(self.clock, *key);
-            pages.extend_from_slice(&chunk.pages);
+            self.chunks.get_mut(key).expect("just found").last_use = self.clock;
+            found.extend(pages);
         }
-        self.share(&pages);
-        pages
+        found
     }
 
-    /// Whether only the pool holds the chunk.
-    fn is_unheld(&self, chunk: &Chunk) -> bool {
-        chunk.pages.iter().all(|page| self.holders[page.0 as usize] == 1)
-    }
-
-    fn evict_oldest_unheld(&mut self) {
-        let oldest = self.by_use.iter().find(|(_, key)| self.is_unheld(&self.chunks[*key]));
-        let (last_use, key) = oldest.map(|(t, k)| (*t, *k)).expect("`available` counted evictable pages");
-        self.by_use.remove(&last_use);
-        let chunk = self.chunks.remove(&key).expect("both maps hold the same chunks");
+    fn evict_oldest(&mut self) {
+        let (_, key) = self.idle.pop_first().expect("`available` counted idle chunks");
+        let chunk = self.chunks.remove(&key).expect("idle chunks are chunks");
+        self.idle_pages -= chunk.pages.len();
+        for id in &chunk.pages {
+            self.pages[id.0 as usize].chunk = None;
+        }
         self.release(&chunk.pages);
         self.stats.evicted_chunks += 1;
     }
@@ -189,6 +225,52 @@ mod tests {
         assert!(pool.take(1).is_none());
         pool.release(&all);
         assert_eq!(pool.available(), 3);
+    }
+
+    /// Every number that the pool keeps, against counting anew.
+    #[test]
+    fn numbers_agree_with_a_recount() {
+        let mut pool = PagePool::new(48);
+        let mut rng = 1u64;
+        let mut random = |n: u64| {
+            rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (rng >> 33) % n
+        };
+        let mut held: Vec<Vec<PageId>> = Vec::new();
+        for _ in 0..20_000 {
+            match random(4) {
+                0 => held.extend(pool.take(1 + random(3) as usize * 4)),
+                1 if !held.is_empty() => {
+                    let pages = held.swap_remove(random(held.len() as u64) as usize);
+                    pool.release(&pages);
+                }
+                2 if !held.is_empty() => {
+                    let pages = held[random(held.len() as u64) as usize].clone();
+                    for chunk in pages.chunks_exact(4) {
+                        if pool.pages[chunk[0].0 as usize].chunk.is_none() {
+                            pool.publish(key(random(16) as u8), chunk);
+                        }
+                    }
+                }
+                _ => {
+                    let start = random(16) as u8;
+                    let pages = pool.match_prefix(&[key(start), key((start + 1) % 16)]);
+                    held.push(pages);
+                }
+            }
+            let only_pool =
+                |chunk: &&Chunk| chunk.pages.iter().all(|p| pool.pages[p.0 as usize].holders == 1);
+            let idle: Vec<_> = pool.chunks.values().filter(only_pool).collect();
+            assert_eq!(idle.iter().map(|chunk| chunk.pages.len()).sum::<usize>(), pool.idle_pages);
+            assert_eq!(idle.len(), pool.idle.len());
+            let unheld = pool.pages.iter().filter(|page| page.holders == 0).count();
+            assert_eq!(unheld, pool.free.len());
+            for (page, kept) in pool.pages.iter().enumerate() {
+                let holders = held.iter().flatten().filter(|p| p.0 as usize == page).count();
+                assert_eq!(kept.holders as usize, holders + usize::from(kept.chunk.is_some()));
+            }
+        }
+        assert!(pool.stats.evicted_chunks > 100 && pool.stats.chunk_hits > 100, "{:?}", pool.stats);
     }
 
     #[test]

@@ -11,12 +11,14 @@ mod clock;
 mod cluster;
 mod inbox;
 mod member;
+mod router;
 mod start;
 
 pub use clock::{Clock, ClockHand};
 pub use cluster::{Cluster, SendError, lane};
 pub use inbox::{Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
 pub use member::Member;
+pub use router::RouterLink;
 pub use start::{NodeOptions, Parts, start};
 
 /// A random id for this incarnation of the process.

@@ -106,7 +106,7 @@ impl Node {
             Next::Again
         } else if self.outbound.has_news() {
             Next::Again
-        } else if self.outbound.draining && self.running.is_empty() && self.waiting.is_empty() {
+        } else if self.outbound.is_draining() && self.running.is_empty() && self.waiting.is_empty() {
             Next::Finished
         } else {
             let waiting = self.waiting.iter().map(|prompt| prompt.deadline);
@@ -181,7 +181,7 @@ impl Node {
             Some(RequestError::Invalid(format!("the prompt has {tokens} tokens, this node holds {room}")))
         } else if self.waiting.len() >= self.limits.max_waiting {
             Some(RequestError::Busy(format!("{} prompts are waiting for prefill", self.waiting.len())))
-        } else if self.outbound.draining {
+        } else if self.outbound.is_draining() {
             Some(RequestError::Busy("the prefill node is draining".into()))
         } else {
             None
@@ -194,7 +194,7 @@ impl Node {
 
     fn fail(&mut self, request: RequestId, error: RequestError) {
         tracing::info!(%request, %error, "request failed");
-        self.outbound.tell_router(&Message::Failed { request, error });
+        self.outbound.tell_router(Message::Failed { request, error });
     }
 
     fn cancel(&mut self, request: RequestId) {
@@ -344,7 +344,7 @@ impl Node {
                     cached_tokens: running.cached,
                 };
                 running.over |= !handed_over;
-                self.outbound.tell_router(&Message::FirstTokens(message));
+                self.outbound.tell_router(Message::FirstTokens(message));
                 if handed_over {
                     self.outbound.first(share.request, tokens);
                 }
@@ -392,9 +392,8 @@ impl Node {
 
     fn tell_load(&mut self) {
         let load = self.load();
-        if load != self.told {
+        if load != self.told && self.outbound.try_tell_router(&Message::Load(load)) {
             self.told = load;
-            self.outbound.tell_router(&Message::Load(load));
         }
     }
 }

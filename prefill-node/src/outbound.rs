@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use tandem_kernels::{CpuKernels, Kernels, KvPages};
 use tandem_memory::{Extent, HostRegion};
-use tandem_node::{Clock, Cluster, Inbox, NodeEvent, SendError};
+use tandem_node::{Clock, Cluster, Inbox, NodeEvent, RouterLink};
 use tandem_proto::handoff::{Push, Sender, SenderAction, SenderConfig};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
@@ -31,13 +31,11 @@ pub struct Outbound {
     links: BTreeMap<NodeId, Link>,
     /// Peers whose transport is being cut: not dialled again before that is done.
     severing: BTreeSet<NodeId>,
-    router: Option<NodeId>,
+    router: RouterLink,
     /// What came from the router and was not yet looked at.
     pub(crate) arrived: VecDeque<Arrival>,
     /// Requests that are over, and why if they failed. Their pages may be released once no step uses them.
     pub(crate) ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
-    /// The process was asked to finish.
-    pub(crate) draining: bool,
     /// It must finish now.
     pub(crate) stopped: bool,
     events: Vec<Event>,
@@ -126,10 +124,9 @@ impl Outbound {
             page_tables: BTreeMap::new(),
             links: BTreeMap::new(),
             severing: BTreeSet::new(),
-            router: None,
+            router: RouterLink::default(),
             arrived: VecDeque::new(),
             ended: VecDeque::new(),
-            draining: false,
             stopped: false,
             events: Vec::new(),
         })
@@ -147,6 +144,7 @@ impl Outbound {
         let now = self.clock.now();
         self.sender.tick(now);
         self.give_up_dials(now);
+        self.router.flush(&*self.cluster);
         self.act();
         self.push(kv);
     }
@@ -163,7 +161,13 @@ impl Outbound {
             Link::Connecting { until, .. } => Some(*until),
             Link::Up => None,
         });
-        self.sender.next_timeout().into_iter().chain(dial).min()
+        let flush = self.router.next_flush(self.clock.now());
+        self.sender.next_timeout().into_iter().chain(dial).chain(flush).min()
+    }
+
+    /// Whether the process was asked to finish.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.router.is_draining()
     }
 
     /// Whether the way to a decode node is open. Begins to open it if nobody has.
@@ -223,40 +227,28 @@ impl Outbound {
         self.sender.open_requests()
     }
 
-    /// Tells the router, if there is one.
-    pub(crate) fn tell_router(&mut self, message: &Message) {
-        let Some(router) = self.router else { return };
-        match self.cluster.send(router, message) {
-            Ok(()) | Err(SendError::NotConnected) => {}
-            Err(error) => {
-                // Cut off, the router knows that this node's requests are lost; behind a lost message it would not.
-                tracing::warn!(%router, %error, "cannot tell the router; closing its connection");
-                self.cluster.close(router);
-            }
-        }
+    /// See [`RouterLink::tell`].
+    pub(crate) fn tell_router(&mut self, message: Message) {
+        self.router.tell(&*self.cluster, message);
+    }
+
+    /// See [`RouterLink::try_tell`].
+    #[must_use]
+    pub(crate) fn try_tell_router(&mut self, message: &Message) -> bool {
+        self.router.try_tell(&*self.cluster, message)
     }
 
     fn on_event(&mut self, event: NodeEvent) {
         match event {
-            NodeEvent::RouterUp { router } => {
-                self.router = Some(router);
-                if self.draining {
-                    self.tell_router(&Message::Draining);
-                }
-            }
+            NodeEvent::RouterUp { router } => self.router.up(&*self.cluster, router),
             NodeEvent::Up { peer } => self.link_up(peer, |control, _| *control = true),
             NodeEvent::DialFailed { peer, reason } => self.unlink(peer, &reason),
-            NodeEvent::Down { peer, reason } if self.router == Some(peer) => {
-                tracing::warn!(router = %peer, reason, "the router is gone; giving up its requests");
-                self.router = None;
+            NodeEvent::Down { peer, reason } if self.router.down(peer, &reason) => {
                 self.arrived.push_back(Arrival::RouterLost(peer));
             }
             NodeEvent::Down { peer, reason } => self.unlink(peer, &reason),
             NodeEvent::Message { from, message } => self.on_message(from, message),
-            NodeEvent::Drain => {
-                self.draining = true;
-                self.tell_router(&Message::Draining);
-            }
+            NodeEvent::Drain => self.router.drain(&*self.cluster),
             NodeEvent::Stop => self.stopped = true,
         }
     }

@@ -1,6 +1,6 @@
 //! A model whose KV is a chain of hashes and whose next token depends on every byte of it.
 
-use tandem_engine::{Engine, EngineError, GenerationDefaults, Logits, ModelInfo, Sequence};
+use tandem_engine::{Engine, EngineError, Logits, ModelInfo, Sequence};
 use tandem_kernels::KvPages;
 use tandem_proto::ids::{LayerIdx, PageId, TokenId};
 use tandem_proto::keys::Fingerprint;
@@ -81,7 +81,6 @@ impl ChainEngine {
                 fingerprint: Fingerprint([7; 32]),
                 eos: Vec::new(),
                 bos: None,
-                defaults: GenerationDefaults::default(),
                 parameters: 0,
                 layer_parameters: 0,
             },
