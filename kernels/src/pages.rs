@@ -59,7 +59,7 @@ impl KvPages {
             .checked_mul(pages as usize)
             .filter(|len| *len <= isize::MAX as usize / 2)
             .ok_or(PagesError::TooLarge { pages, page_bytes })?;
-        let storage = HostRegion::map(len)?.extent(0..len)?;
+        let storage = HostRegion::private(len)?.extent(0..len)?;
         Ok(KvPages { shape, pages, storage })
     }
 

@@ -1,12 +1,16 @@
 //! Memory that several parties touch: regions, and extents of them.
 //!
-//! A [`HostRegion`] is page-aligned anonymous memory that outlives every party holding it. An [`Extent`] is
-//! a range of one. Who may write an extent at a given time is decided by the lease protocol in
-//! `tandem-proto`, not by the borrow checker, because the writer may be another machine: so turning an
-//! extent into a slice is `unsafe`, and each caller says which lease makes it sound.
+//! A [`HostRegion`] is page-aligned memory that outlives every party holding it: of this process alone, or a
+//! file in memory that another process of the host maps as a [`ForeignRegion`]. An [`Extent`] is a range of
+//! one. Who may write an extent at a given time is decided by the lease protocol in `tandem-proto`, not by
+//! the borrow checker, because the writer may be another machine: so turning an extent into a slice is
+//! `unsafe`, and each caller says which lease makes it sound.
 //!
 //! This crate never decides who owns what, and never frees memory that a handle still names.
 
+mod file;
+mod foreign;
 mod region;
 
+pub use foreign::ForeignRegion;
 pub use region::{Extent, HostRegion, RegionError};

@@ -1,10 +1,15 @@
+use crate::file::MemoryFile;
+use std::io;
 use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-/// Anonymous, page-aligned, zeroed host memory. Shared by `Arc`; unmapped when the last holder is gone.
+/// Page-aligned, zeroed host memory. Shared by `Arc`; unmapped when the last holder is gone.
 pub struct HostRegion {
     base: *mut u8,
     len: usize,
+    /// What another process of this host maps to see the same memory; none if nobody else may.
+    file: Option<MemoryFile>,
 }
 
 // SAFETY: the region is plain memory; every access goes through the unsafe methods of `Extent`, whose
@@ -23,7 +28,7 @@ pub enum RegionError {
         len: usize,
         /// What the system said.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The range leaves the region.
     #[error("extent {start}..{end} lies outside its region of {len} bytes")]
@@ -38,29 +43,59 @@ pub enum RegionError {
 }
 
 impl HostRegion {
-    /// Maps `len` zeroed bytes (at least one), asking for transparent huge pages.
+    /// Memory that transports move: maps `len` zeroed bytes (at least one), which other processes of this
+    /// host can map too once they are given [`HostRegion::file`]. In huge pages if the system set some aside.
     ///
     /// # Errors
     /// When the system has no such memory.
     pub fn map(len: usize) -> Result<Arc<HostRegion>, RegionError> {
         let len = len.max(1);
-        // SAFETY: an anonymous private mapping at an address of the kernel's choice touches nothing else.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(RegionError::Map { len, source: std::io::Error::last_os_error() });
-        }
+        let file = MemoryFile::create(len).map_err(|source| RegionError::Map { len, source })?;
+        HostRegion::of_file(file, len)
+    }
+
+    /// Memory of this process alone: maps `len` zeroed bytes (at least one), asking for transparent huge
+    /// pages. Taken from the system as it is touched.
+    ///
+    /// # Errors
+    /// When the system has no such memory.
+    pub fn private(len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        let len = len.max(1);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let base = map(len, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
+            .map_err(|source| RegionError::Map { len, source })?;
         // SAFETY: the range was just mapped; the advice changes no content, and failing it is harmless.
-        unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
-        Ok(Arc::new(HostRegion { base: base.cast(), len }))
+        unsafe { libc::madvise(base.cast(), len, libc::MADV_HUGEPAGE) };
+        Ok(Arc::new(HostRegion { base, len, file: None }))
+    }
+
+    /// The memory that another process of this host mapped and gave the file of, to read and write: both see
+    /// what either writes, whenever it likes. Access it through atomics or not at all.
+    ///
+    /// # Errors
+    /// When it is not of this length for good, or cannot be mapped.
+    pub fn of_peer(file: OwnedFd, len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        let file = MemoryFile::of_peer(file, len).map_err(|source| RegionError::Map { len, source })?;
+        HostRegion::of_file(file, len)
+    }
+
+    fn of_file(file: MemoryFile, len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        let base = map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.raw())
+            .map_err(|source| RegionError::Map { len, source })?;
+        Ok(Arc::new(HostRegion { base, len, file: Some(file) }))
+    }
+
+    /// What another process of this host needs to map the region: the file, and the [`HostRegion::len`].
+    #[must_use]
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.file.as_ref().map(MemoryFile::fd)
+    }
+
+    /// Where the region begins. What may be done with the pointer, and when, is for whoever dereferences it
+    /// to know.
+    #[must_use]
+    pub fn base(&self) -> *mut u8 {
+        self.base
     }
 
     /// Bytes of the region.
@@ -92,6 +127,13 @@ impl Drop for HostRegion {
         // SAFETY: base and len are those of the mapping made in `map`, and no extent is left: each holds an Arc.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
+}
+
+/// Maps `len` bytes at an address of the kernel's choice.
+pub(crate) fn map(len: usize, access: i32, flags: i32, fd: i32) -> io::Result<*mut u8> {
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing else.
+    let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, fd, 0) };
+    if base == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(base.cast()) }
 }
 
 impl std::fmt::Debug for HostRegion {

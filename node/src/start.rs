@@ -13,7 +13,7 @@ use tandem_proto::wire::{Hello, Role};
 use tandem_transport::Transport;
 use tandem_transport::Tuning;
 use tandem_transport::control::{Control, Limits};
-use tandem_transport::{QuicConfig, QuicTransport};
+use tandem_transport::{NetConfig, NetTransport, Path};
 use tokio::sync::oneshot;
 
 /// Events from the network that the node's loop has not looked at. Beyond it, peers wait.
@@ -49,7 +49,11 @@ pub struct NodeOptions {
     /// Threads that compute. 0 takes as many as there are cores.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Memory and speed")]
     pub threads: usize,
-    /// Threads that move KV, each with a socket of its own. One carries about half a gigabyte a second.
+    /// The way KV takes: auto picks the best that both nodes have, in the order shm, quic, and falls back when
+    /// it fails; a name allows that one alone. shm is memory shared between processes of one user and host.
+    #[arg(long, value_name = "PATH", default_value = "auto", value_parser = paths, help_heading = "Memory and speed")]
+    pub transport: Paths,
+    /// Threads that move KV over QUIC, each with a socket of its own. One carries about half a gigabyte a second.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Memory and speed")]
     pub data_threads: usize,
     /// The largest UDP payload between hosts: 1452 suits every Ethernet, 8952 suits jumbo frames.
@@ -66,6 +70,17 @@ pub struct NodeOptions {
     /// Logs and signals.
     #[command(flatten)]
     pub process: ProcessOptions,
+}
+
+/// Ways that KV may take.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Paths(pub Vec<Path>);
+
+fn paths(text: &str) -> Result<Paths, String> {
+    match text {
+        "auto" => Ok(Paths(Path::ALL.to_vec())),
+        name => Ok(Paths(vec![name.parse().map_err(|error| format!("{error}, or auto"))?])),
+    }
 }
 
 fn kv_dtype(text: &str) -> Result<KvDtype, String> {
@@ -112,8 +127,13 @@ pub fn start(
         let tuning = Tuning { mtu: options.mtu, ..Tuning::dead_after(options.peer_timeout) };
         let limits = Limits { tuning: tuning.clone(), ..Limits::default() };
         let (control, events) = Control::bind(options.control, &identity, node, limits)?;
-        let quic = QuicConfig { threads: options.data_threads, tuning, ..QuicConfig::default() };
-        let mut transport = QuicTransport::bind(options.data, &identity, node, quic)?;
+        let net = NetConfig {
+            paths: options.transport.0.clone(),
+            threads: options.data_threads,
+            tuning,
+            ..NetConfig::default()
+        };
+        let mut transport = NetTransport::bind(options.data, &identity, node, net)?;
         let info = engine.info();
         let pool_tokens = u64::from(kv.pages()) * u64::from(info.kv.page_tokens);
         let hello = Hello {

@@ -13,7 +13,7 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::NodeId;
-use tandem_transport::{Event, Identity, QuicConfig, QuicTransport, Transport, Window, Write};
+use tandem_transport::{Event, Identity, NetConfig, NetTransport, Transport, Window, Write};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -30,8 +30,8 @@ impl Wake for Unpark {
     }
 }
 
-fn config(args: &[String]) -> Result<QuicConfig, Failure> {
-    let mut config = QuicConfig::default();
+fn config(args: &[String]) -> Result<NetConfig, Failure> {
+    let mut config = NetConfig::default();
     if let Some(threads) = args.get(1) {
         config.threads = threads.parse()?;
     }
@@ -89,7 +89,7 @@ impl Reader {
     }
 }
 
-fn write(dir: &Path, seconds: Duration, config: QuicConfig, args: &[String]) -> Result<(), Failure> {
+fn write(dir: &Path, seconds: Duration, config: NetConfig, args: &[String]) -> Result<(), Failure> {
     let region = HostRegion::map(REGION)?;
     let source = region.extent(0..REGION)?;
     // SAFETY: nobody else has the region yet.
@@ -129,7 +129,7 @@ fn write(dir: &Path, seconds: Duration, config: QuicConfig, args: &[String]) -> 
         let took = at.elapsed();
         show(&format!("TCP {} KiB", size >> 10), bytes, took, cpu()? - cpu_here, reader.cpu()? - cpu_there);
     }
-    let mut transport = QuicTransport::bind(LOOPBACK, &identity, WRITER, config)?;
+    let mut transport = NetTransport::bind(LOOPBACK, &identity, WRITER, config)?;
     transport.set_waker(Waker::from(Arc::new(Unpark(thread::current()))));
     transport.connect(READER, quic);
     wait(&mut transport, |event| matches!(event, Event::Connected { .. }).then_some(()))?;
@@ -189,7 +189,7 @@ fn tcp_writes(addr: SocketAddr, source: &Extent, size: usize, seconds: Duration)
 }
 
 fn quic_writes(
-    transport: &mut QuicTransport,
+    transport: &mut NetTransport,
     source: &Extent,
     window: Window,
     size: usize,
@@ -215,7 +215,7 @@ fn quic_writes(
 }
 
 /// Polls until events come, and hands each to `take`, at least one of which must take it.
-fn wait(transport: &mut QuicTransport, mut take: impl FnMut(&Event) -> Option<()>) -> Result<(), Failure> {
+fn wait(transport: &mut NetTransport, mut take: impl FnMut(&Event) -> Option<()>) -> Result<(), Failure> {
     let mut events = Vec::new();
     loop {
         transport.poll(&mut events);
@@ -234,13 +234,13 @@ fn wait(transport: &mut QuicTransport, mut take: impl FnMut(&Event) -> Option<()
 }
 
 /// The other process: lands what comes, and says how much processor time it has used when asked.
-fn read(dir: &Path, config: QuicConfig) -> Result<(), Failure> {
+fn read(dir: &Path, config: NetConfig) -> Result<(), Failure> {
     let region = HostRegion::map(REGION)?;
     let landing = region.extent(0..REGION)?;
     // SAFETY: nobody else has the region yet. Touched once, so that no row pays for its first use.
     unsafe { landing.bytes_mut() }.fill(1);
     let identity = Identity::load_or_create(dir)?;
-    let mut transport = QuicTransport::bind(LOOPBACK, &identity, READER, config)?;
+    let mut transport = NetTransport::bind(LOOPBACK, &identity, READER, config)?;
     let listener = TcpListener::bind(LOOPBACK)?;
     let id = transport.register(Arc::clone(&region))?;
     let window = transport.open_window(WRITER, id, 0..REGION)?;

@@ -2,8 +2,12 @@
 //!
 //! On the connection's first stream: the dialler's [`Hello`], the answerer's [`Hello`], the dialler's
 //! confirmation with the last life that it saw end, the answerer's verdict. A pair of nodes has one life at a
-//! time in each plane; [`admits`] decides between two.
+//! time in each plane; [`admits`] decides between two. On the first connection of the data plane there follow
+//! the answerer's [`Offers`], and, once all other connections and lanes are made, the dialler's choice of
+//! paths and the answerer's word that the life has begun.
 
+use crate::net::lane::Path;
+use crate::shm;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tandem_proto::ids::NodeId;
 
@@ -59,6 +63,8 @@ pub(crate) enum HandshakeError {
     Write(#[from] quinn::WriteError),
     #[error("it does not speak this protocol")]
     Magic,
+    #[error("its offers make no sense")]
+    Offers,
     #[error("it speaks transport version {0}, this build speaks {VERSION}: run the same build everywhere")]
     Version(u16),
 }
@@ -112,6 +118,51 @@ impl Hello {
     }
 }
 
+/// The most bytes of [`Offers`] on the wire.
+const MAX_OFFERS: usize = 1024;
+
+/// How else the answerer can be reached, for this life.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Offers {
+    /// Whoever makes a lane shows it.
+    pub(crate) secret: [u8; 32],
+    pub(crate) shm: Option<shm::Offer>,
+}
+
+impl Offers {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = self.secret.to_vec();
+        if let Some(offer) = &self.shm {
+            let bytes = offer.encode();
+            out.push(Path::Shm.code());
+            out.extend_from_slice(&(bytes.len() as u16).to_le_bytes());
+            out.extend_from_slice(&bytes);
+        }
+        out
+    }
+
+    /// Offers of paths that are not known here are passed over. None if the bytes are no offers.
+    fn decode(bytes: &[u8]) -> Option<Offers> {
+        let (secret, mut rest) = bytes.split_first_chunk()?;
+        let mut offers = Offers { secret: *secret, shm: None };
+        while let Some((&code, after)) = rest.split_first() {
+            let (len, after) = after.split_first_chunk()?;
+            let (offer, after) = after.split_at_checked(u16::from_le_bytes(*len).into())?;
+            if code == Path::Shm.code() {
+                offers.shm = Some(shm::Offer::decode(offer)?);
+            }
+            rest = after;
+        }
+        Some(offers)
+    }
+
+    pub(crate) fn fuzz(bytes: &[u8]) {
+        if let Some(offers) = Offers::decode(bytes) {
+            assert_eq!(Offers::decode(&offers.encode()), Some(offers));
+        }
+    }
+}
+
 /// A handshake under way, on the connection's first stream.
 pub(crate) struct Exchange {
     pub(crate) send: SendStream,
@@ -150,6 +201,46 @@ impl Exchange {
         let mut last_ended = [0; 8];
         self.recv.read_exact(&mut last_ended).await?;
         Ok(u64::from_le_bytes(last_ended))
+    }
+
+    pub(crate) async fn offer(&mut self, offers: &Offers) -> Result<(), HandshakeError> {
+        let bytes = offers.encode();
+        self.send.write_all(&(bytes.len() as u16).to_le_bytes()).await?;
+        Ok(self.send.write_all(&bytes).await?)
+    }
+
+    pub(crate) async fn offers(&mut self) -> Result<Offers, HandshakeError> {
+        let mut len = [0; 2];
+        self.recv.read_exact(&mut len).await?;
+        let len = usize::from(u16::from_le_bytes(len));
+        if len > MAX_OFFERS {
+            return Err(HandshakeError::Offers);
+        }
+        let mut bytes = vec![0; len];
+        self.recv.read_exact(&mut bytes).await?;
+        Offers::decode(&bytes).ok_or(HandshakeError::Offers)
+    }
+
+    /// The dialler's choice, answered when the answerer has begun.
+    pub(crate) async fn begin(&mut self, paths: &[Path]) -> Result<(), HandshakeError> {
+        let mut choice = vec![paths.len() as u8];
+        choice.extend(paths.iter().map(|path| path.code()));
+        self.send.write_all(&choice).await?;
+        Ok(self.recv.read_exact(&mut [0]).await?)
+    }
+
+    /// The dialler's choice: one path at least, the best first.
+    pub(crate) async fn beginning(&mut self) -> Result<Vec<Path>, HandshakeError> {
+        let mut count = [0];
+        self.recv.read_exact(&mut count).await?;
+        let mut codes = vec![0; usize::from(count[0])];
+        self.recv.read_exact(&mut codes).await?;
+        let paths: Option<Vec<Path>> = codes.into_iter().map(Path::of_code).collect();
+        paths.filter(|paths| !paths.is_empty()).ok_or(HandshakeError::Offers)
+    }
+
+    pub(crate) async fn begun(&mut self) -> Result<(), HandshakeError> {
+        Ok(self.send.write_all(&[1]).await?)
     }
 
     pub(crate) async fn verdict(&mut self, admitted: bool) -> Result<(), HandshakeError> {
@@ -206,6 +297,20 @@ mod tests {
         assert!(matches!(Hello::decode(&other), Err(HandshakeError::Version(9))));
         other[0] = 0;
         assert!(matches!(Hello::decode(&other), Err(HandshakeError::Magic)));
+    }
+
+    #[test]
+    fn offers_survive_the_wire() {
+        let shm = shm::Offer { host: [7; 16], name: b"tandem-1".to_vec() };
+        for shm in [None, Some(shm)] {
+            let offers = Offers { secret: [3; 32], shm };
+            assert_eq!(Offers::decode(&offers.encode()), Some(offers.clone()));
+            // Of a later build.
+            let more = [offers.encode(), vec![200, 2, 0, 1, 1]].concat();
+            assert_eq!(Offers::decode(&more), Some(offers));
+        }
+        assert_eq!(Offers::decode(&[0; 31]), None);
+        assert_eq!(Offers::decode(&[0; 34]), None);
     }
 
     /// Both dial at once; the confirmations and verdicts cross in every order.

@@ -2,13 +2,14 @@
 //!
 //! - [`Transport`] moves KV: straight from memory here into memory that the peer opened for it. Its contract
 //!   is written at the trait, and every backend passes the same test of it (`tests/contract`).
-//! - [`QuicTransport`] is the backend that runs everywhere: QUIC over UDP.
+//! - [`NetTransport`] is the one of real machines. It takes the best [`Path`] that two nodes have: shared memory
+//!   on one host, QUIC between any two.
 //! - [`control`] carries messages, as frames of bytes.
 //! - [`Identity`] says who belongs to the cluster: nobody else is talked to, on either plane.
 //! - [`sim`] is the backend of tests: one thread, simulated time, every fault, the same for a seed always.
 //!
 //! It never decides what is sent where, never looks into the bytes, and never waits for the node loop.
-//! Unsafe code is confined to the two places where leased memory becomes a slice.
+//! Unsafe code is confined to the places where leased memory becomes a slice, and shared memory an atomic.
 #![deny(unsafe_code)]
 
 pub mod control;
@@ -17,15 +18,18 @@ mod events;
 mod handshake;
 mod identity;
 mod lent;
+mod net;
 mod quic;
 mod rng;
+mod shm;
 pub mod sim;
 mod transport;
 mod window;
 
 pub use endpoint::{BindError, Tuning};
 pub use identity::{Identity, IdentityError};
-pub use quic::{QuicConfig, QuicMetrics, QuicTransport};
+pub use net::lane::Path;
+pub use net::{NetConfig, NetMetrics, NetTransport, PathMetrics};
 pub use tandem_proto::wire::Window;
 pub use transport::{
     Event, FailReason, RegionId, SeverReason, SubmitError, Transport, TransportError, Write,
@@ -36,7 +40,9 @@ pub use transport::{
 #[doc(hidden)]
 pub fn decode_anything(bytes: &[u8]) {
     handshake::Hello::fuzz(bytes);
-    quic::fuzz(bytes);
+    handshake::Offers::fuzz(bytes);
+    net::fuzz(bytes);
+    shm::fuzz(bytes);
     for cut in [1, 7, bytes.len().max(1)] {
         let mut decoder = control::frame::Decoder::new(1 << 16);
         for piece in bytes.chunks(cut) {

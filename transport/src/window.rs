@@ -120,13 +120,19 @@ impl Landing {
 
     /// Copies a piece to its place, unless the window has been closed or the piece leaves it.
     #[must_use]
-    #[allow(unsafe_code)] // The one place where landing memory becomes a slice.
     pub(crate) fn land(&self, at: u64, piece: &[u8]) -> bool {
+        self.land_by(at, piece.len(), |place| place.copy_from_slice(piece))
+    }
+
+    /// Has `len` bytes written to their place, unless the window has been closed or they leave it.
+    #[must_use]
+    #[allow(unsafe_code)] // The one place where landing memory becomes a slice.
+    pub(crate) fn land_by(&self, at: u64, len: usize, write: impl FnOnce(&mut [u8])) -> bool {
         let open = lock(&self.open);
         let Ok(start) = usize::try_from(at) else {
             return false;
         };
-        let Some(end) = start.checked_add(piece.len()) else {
+        let Some(end) = start.checked_add(len) else {
             return false;
         };
         let Ok(place) = self.extent.part(start..end) else {
@@ -136,8 +142,8 @@ impl Landing {
             return false;
         }
         // SAFETY: the window is open, so its opener promised not to touch the range, windows do not overlap,
-        // and the lock keeps every other landing through this one away until the copy is done.
-        unsafe { place.bytes_mut() }.copy_from_slice(piece);
+        // and the lock keeps every other landing through this one away until it is written.
+        write(unsafe { place.bytes_mut() });
         true
     }
 

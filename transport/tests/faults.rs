@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tandem_transport::{
-    Event, FailReason, Identity, QuicConfig, QuicTransport, RegionId, SeverReason, Transport, Tuning, Write,
+    Event, FailReason, Identity, NetConfig, NetTransport, Path, RegionId, SeverReason, Transport, Tuning,
+    Write,
 };
 
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -83,7 +84,7 @@ impl Relay {
 }
 
 struct Node {
-    transport: QuicTransport,
+    transport: NetTransport,
     region: (RegionId, Arc<HostRegion>),
     events: Vec<Event>,
 }
@@ -97,8 +98,8 @@ fn nodes<const N: usize>(name: &str) -> [Node; N] {
     std::array::from_fn(|i| {
         // Packets as between hosts.
         let tuning = Tuning { loopback_mtu: 1452, ..Tuning::default() };
-        let config = QuicConfig { tuning, ..QuicConfig::default() };
-        let mut transport = QuicTransport::bind(LOOPBACK, &identity, NodeId(i as u64 + 1), config).unwrap();
+        let config = NetConfig { tuning, paths: vec![Path::Quic], ..NetConfig::default() };
+        let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(i as u64 + 1), config).unwrap();
         let region = HostRegion::map(REGION).unwrap();
         let id = transport.register(Arc::clone(&region)).unwrap();
         Node { transport, region: (id, region), events: Vec::new() }
@@ -221,8 +222,9 @@ fn a_node_that_does_not_poll_is_not_flooded() {
     let identity = Identity::load_or_create(&dir).unwrap();
     std::fs::remove_dir_all(&dir).unwrap();
     let bind = |node, event_limit| {
-        let config = QuicConfig { event_limit, write_limit: 10_000, ..QuicConfig::default() };
-        QuicTransport::bind(LOOPBACK, &identity, NodeId(node), config).unwrap()
+        let config =
+            NetConfig { event_limit, write_limit: 10_000, paths: vec![Path::Quic], ..NetConfig::default() };
+        NetTransport::bind(LOOPBACK, &identity, NodeId(node), config).unwrap()
     };
     let (mut a, mut b) = (bind(1, 1 << 20), bind(2, 100));
     let region = HostRegion::map(4096).unwrap();

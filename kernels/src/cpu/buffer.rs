@@ -22,7 +22,8 @@ impl Buffer {
         let bytes = count.checked_mul(size_of::<T>()).expect("a buffer fits the address space");
         if self.storage.as_ref().is_none_or(|s| s.len() < bytes) {
             self.storage = None;
-            let region = HostRegion::map(bytes.next_power_of_two().max(4096)).expect("memory for a buffer");
+            let region =
+                HostRegion::private(bytes.next_power_of_two().max(4096)).expect("memory for a buffer");
             let len = region.len();
             self.storage = Some(region.extent(0..len).expect("a region contains itself"));
         }

@@ -1,12 +1,14 @@
 //! The contract of `Transport`, run against every backend. A new backend is one file, which builds a
 //! [`suite::Cluster`], and one line here.
 
-mod quic;
+mod net;
 mod sim;
 mod suite;
 
 contract!(sim_steady, crate::sim::Steady);
 contract!(sim_rough, crate::sim::Rough);
-contract!(quic_single, crate::quic::Single);
-contract!(quic_threaded, crate::quic::Threaded);
-contract!(quic_small_packets, crate::quic::SmallPackets);
+contract!(quic_single, crate::net::Quic);
+contract!(quic_threaded, crate::net::QuicThreaded);
+contract!(quic_small_packets, crate::net::QuicSmallPackets);
+contract!(shm, crate::net::Shm);
+contract!(best, crate::net::Best);

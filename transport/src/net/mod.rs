@@ -1,22 +1,26 @@
-//! The QUIC backend: encrypted writes over UDP, between any two hosts.
+//! The [`Transport`] of real machines: a session with each peer, and the best way for its writes.
 //!
-//! A pair of nodes has several connections. Each write travels on a stream of its own: a header, then the
-//! bytes, which go from the source into QUIC's packets and from them into the window, wherever they belong,
-//! in whatever order they come. The reader answers on a return stream when all of them have landed.
+//! A pair of nodes has one *life* at a time: several QUIC connections, which authenticate, notice the dead and
+//! carry writes between any two hosts ([`crate::quic`]), and beside them a faster *lane* where there is one
+//! ([`crate::shm`]). [`lane`] is the seam. A lane that fails is left, and what it had not delivered goes by
+//! QUIC: nothing is lost, nothing lands twice.
 //!
-//! Threads of its own do the work, each with a socket and a single-threaded runtime; the node loop only
-//! touches queues.
+//! Threads of its own do the work, those of QUIC each with a socket and a single-threaded runtime; the node
+//! loop only touches queues.
 
-mod header;
-mod life;
-mod link;
-mod node;
+pub(crate) mod header;
+pub(crate) mod lane;
+pub(crate) mod life;
+pub(crate) mod node;
 
 use crate::endpoint::{BindError, Bound, Streams, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};
 use crate::identity::Identity;
+use crate::quic::MAX_STREAMS;
+use crate::shm;
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
 pub(crate) use header::fuzz;
+use lane::Path;
 use node::{Node, Worker};
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -34,13 +38,16 @@ const PROTOCOL: &[u8] = b"tandem-data/1";
 /// How long stopping waits for the peers to be told.
 const FAREWELL: Duration = Duration::from_millis(200);
 
-/// How the QUIC backend works.
+/// How the transport works.
 #[derive(Clone, Debug)]
-pub struct QuicConfig {
-    /// Threads, each with a socket of its own. One carries about half a gigabyte a second; more help where
+pub struct NetConfig {
+    /// Ways that writes may take. The best that both sides have is used, and QUIC after it if it is one of
+    /// these. The session itself is QUIC in any case.
+    pub paths: Vec<Path>,
+    /// QUIC's threads, each with a socket of its own. One carries about half a gigabyte a second; more help where
     /// there are cores to spare for them.
     pub threads: usize,
-    /// Connections to each peer, spread over the threads of both sides. Each recovers from loss by itself.
+    /// QUIC connections to each peer, spread over the threads of both sides. Each recovers from loss by itself.
     pub connections: usize,
     /// Writes that are sent at once on each connection. More would only mix their bytes.
     pub streams: usize,
@@ -48,7 +55,7 @@ pub struct QuicConfig {
     pub write_limit: usize,
     /// Events that the node loop has not polled, at most: when there are more, peers are kept waiting.
     pub event_limit: usize,
-    /// How long connecting may take.
+    /// How long connecting may take, lanes included.
     pub connect_timeout: Duration,
     /// Connections with all peers, at most.
     pub connection_limit: usize,
@@ -56,9 +63,10 @@ pub struct QuicConfig {
     pub tuning: Tuning,
 }
 
-impl Default for QuicConfig {
+impl Default for NetConfig {
     fn default() -> Self {
-        QuicConfig {
+        NetConfig {
+            paths: Path::ALL.to_vec(),
             threads: 1,
             connections: 2,
             streams: 4,
@@ -72,8 +80,29 @@ impl Default for QuicConfig {
 }
 
 /// What has happened since the start. Numbers only grow.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct QuicMetrics {
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NetMetrics {
+    /// By path, in the order of [`Path::ALL`].
+    pub paths: [PathMetrics; Path::ALL.len()],
+    /// Writes of peers that were refused here.
+    pub writes_refused: u64,
+    /// Writes that were sent again because their path had failed.
+    pub writes_repeated: u64,
+    /// QUIC packets sent.
+    pub packets_sent: u64,
+    /// QUIC packets that had to be sent again.
+    pub packets_lost: u64,
+    /// Peers that came to be connected.
+    pub connected: u64,
+    /// Peers whose connection ended.
+    pub severed: u64,
+}
+
+/// What has happened on one path.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PathMetrics {
+    /// Which.
+    pub path: Path,
     /// Writes that landed at peers.
     pub writes_sent: u64,
     /// Their bytes.
@@ -82,20 +111,26 @@ pub struct QuicMetrics {
     pub writes_landed: u64,
     /// Their bytes.
     pub bytes_landed: u64,
-    /// Writes of peers that were refused here.
-    pub writes_refused: u64,
-    /// Packets sent.
-    pub packets_sent: u64,
-    /// Packets that had to be sent again.
-    pub packets_lost: u64,
-    /// Peers that came to be connected.
-    pub connected: u64,
-    /// Peers whose connection ended.
-    pub severed: u64,
+    /// Lanes that failed while their session went on.
+    pub failed: u64,
 }
 
-/// The QUIC [`Transport`]. Dropping it tells the peers, and stops its threads.
-pub struct QuicTransport {
+impl NetMetrics {
+    /// Bytes that landed at peers.
+    #[must_use]
+    pub fn bytes_sent(&self) -> u64 {
+        self.paths.iter().map(|path| path.bytes_sent).sum()
+    }
+
+    /// Bytes that landed here.
+    #[must_use]
+    pub fn bytes_landed(&self) -> u64 {
+        self.paths.iter().map(|path| path.bytes_landed).sum()
+    }
+}
+
+/// The [`Transport`] between processes and hosts. Dropping it tells the peers, and stops its threads.
+pub struct NetTransport {
     node: Arc<Node>,
     threads: Vec<JoinHandle<()>>,
     stop: watch::Sender<Stop>,
@@ -111,7 +146,7 @@ enum Stop {
     Silently,
 }
 
-impl QuicTransport {
+impl NetTransport {
     /// Listens, and takes whoever has a certificate of the cluster.
     ///
     /// # Errors
@@ -120,15 +155,19 @@ impl QuicTransport {
         addr: SocketAddr,
         identity: &Identity,
         local: NodeId,
-        config: QuicConfig,
-    ) -> Result<QuicTransport, BindError> {
+        config: NetConfig,
+    ) -> Result<NetTransport, BindError> {
         let bounds = [
             ("threads", config.threads, 1..=MAX_PORTS, "from 1 to 16"),
             ("connections", config.connections, 1..=life::MAX_PARTS, "from 1 to 64"),
-            ("streams", config.streams, 1..=link::MAX_STREAMS as usize, "from 1 to 64"),
+            ("streams", config.streams, 1..=MAX_STREAMS as usize, "from 1 to 64"),
             ("write_limit", config.write_limit, 1..=1 << 20, "from 1 to 1048576"),
             ("event_limit", config.event_limit, 1..=1 << 24, "from 1 to 16777216"),
         ];
+        if config.paths.is_empty() {
+            let allowed = "one path at least";
+            return Err(BindError::Setting { name: "paths", value: "empty".into(), allowed });
+        }
         for (name, value, range, allowed) in bounds {
             if !range.contains(&value) {
                 return Err(BindError::Setting { name, value: value.to_string(), allowed });
@@ -165,12 +204,24 @@ impl QuicTransport {
         }
         let addr = workers[0].addr;
         let seed = getrandom::u64().map_err(|e| BindError::Tls(format!("no randomness: {e}")))?;
-        let node = Arc::new(Node::new(local, config, workers, seed));
+        let shm = config.paths.contains(&Path::Shm).then(|| shm::Listener::new(local));
+        let shm = shm.and_then(|listener| match listener {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!(%error, "no shared memory with processes of this host");
+                None
+            }
+        });
+        let node = Arc::new(Node::new(local, config, workers, shm, seed));
+        if node.shm().is_some() {
+            let accepting = Arc::clone(&node);
+            node.spawn("shm-accept".into(), move || shm::accept(&accepting)).map_err(BindError::Thread)?;
+        }
         for start in starts {
             // A thread that ended since will show as connections that fail.
             let _ = start.send(Arc::clone(&node));
         }
-        Ok(QuicTransport { node, threads, stop, addr })
+        Ok(NetTransport { node, threads, stop, addr })
     }
 
     /// Where peers connect to.
@@ -181,8 +232,14 @@ impl QuicTransport {
 
     /// What has happened since the start.
     #[must_use]
-    pub fn metrics(&self) -> QuicMetrics {
+    pub fn metrics(&self) -> NetMetrics {
         self.node.metrics()
+    }
+
+    /// The path that writes to a peer take now.
+    #[must_use]
+    pub fn path(&self, peer: NodeId) -> Option<Path> {
+        self.node.path(peer)
     }
 
     /// Stops without a word to anyone, as a crash would: for tests of those who must notice.
@@ -192,7 +249,7 @@ impl QuicTransport {
     }
 }
 
-impl Drop for QuicTransport {
+impl Drop for NetTransport {
     fn drop(&mut self) {
         self.stop.send_if_modified(|stop| {
             let first = *stop == Stop::No;
@@ -205,10 +262,11 @@ impl Drop for QuicTransport {
             // A panic there has been reported by the panic hook, and ended the connections.
             let _ = thread.join();
         }
+        self.node.stop();
     }
 }
 
-impl Transport for QuicTransport {
+impl Transport for NetTransport {
     fn register(&mut self, region: Arc<HostRegion>) -> Result<RegionId, TransportError> {
         self.node.windows.register(region)
     }
@@ -274,7 +332,7 @@ impl Thread {
             let streams = Streams {
                 protocol: PROTOCOL,
                 bidirectional: 1,
-                unidirectional: link::MAX_STREAMS + 1,
+                unidirectional: MAX_STREAMS + 1,
                 independent: 1,
             };
             let bound = match Bound::new(self.addr, &self.identity, &self.tuning, streams) {

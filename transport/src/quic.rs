@@ -1,14 +1,14 @@
-//! One connection of a life: writes go out on streams, others come in, acknowledgements go back.
+//! The QUIC lane, one connection of a life: writes go out on streams, others come in, acknowledgements go back.
 
-use super::header::{ACK_BYTES, Ack, HEADER_BYTES, Header};
-use super::life::Life;
-use super::node::Node;
 use crate::handshake::CloseCode;
 use crate::lent::Lent;
-use crate::transport::Write;
+use crate::net::header::{ACK_BYTES, Ack, HEADER_BYTES, Header};
+use crate::net::lane::{Job, Lane, LaneId, Path};
+use crate::net::life::Life;
+use crate::net::node::Node;
 use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream, VarInt, WriteError};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
@@ -16,25 +16,20 @@ use tokio::sync::Notify;
 
 /// Streams of writes that are open at once in each direction, at most. Each ends when its bytes have been
 /// received: enough of them for small writes to fill a link.
-pub(super) const MAX_STREAMS: u32 = 64;
-
-/// A write to be sent.
-pub(super) struct Job {
-    pub(super) sequence: u64,
-    pub(super) write: Write,
-}
+pub(crate) const MAX_STREAMS: u32 = 64;
 
 /// A connection, and what is under way on it.
-pub(super) struct Link {
-    pub(super) connection: Connection,
+pub(crate) struct Link {
+    id: LaneId,
+    pub(crate) connection: Connection,
     /// Of the thread that drives the connection.
-    pub(super) runtime: Handle,
+    pub(crate) runtime: Handle,
     jobs: Mutex<VecDeque<Job>>,
     more_jobs: Notify,
     /// Bytes submitted and not reported.
     load: AtomicU64,
     sent: Mutex<Sent>,
-    more_refused: Notify,
+    more_answers: Notify,
     /// Encoded, to be sent.
     acks: Mutex<Vec<u8>>,
     more_acks: Notify,
@@ -44,9 +39,9 @@ pub(super) struct Link {
 struct Sent {
     /// Streams of writes that were handed to QUIC and are not acknowledged. While a stream is here, QUIC may
     /// read its source: to send, or to send again.
-    streams: BTreeMap<u64, SendStream>,
-    /// Refused before all bytes had been handed to QUIC.
-    refused: BTreeSet<u64>,
+    streams: BTreeMap<u64, (SendStream, u64)>,
+    /// Answered before all bytes had been handed to QUIC: refused, or landed by a lane that failed.
+    early: BTreeMap<u64, Ack>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -58,37 +53,23 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 struct RuleBroken(&'static str);
 
 impl Link {
-    pub(super) fn new(connection: Connection, runtime: Handle) -> Arc<Link> {
+    pub(crate) fn new(id: LaneId, connection: Connection, runtime: Handle) -> Arc<Link> {
         Arc::new(Link {
+            id,
             connection,
             runtime,
             jobs: Mutex::default(),
             more_jobs: Notify::new(),
             load: AtomicU64::new(0),
             sent: Mutex::default(),
-            more_refused: Notify::new(),
+            more_answers: Notify::new(),
             acks: Mutex::default(),
             more_acks: Notify::new(),
         })
     }
 
-    pub(super) fn load(&self) -> u64 {
-        self.load.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn unload(&self, bytes: u64) {
-        self.load.fetch_sub(bytes + 1, Ordering::Relaxed);
-    }
-
-    pub(super) fn push(&self, job: Job) {
-        // One more than its bytes, so that empty writes are spread too.
-        self.load.fetch_add(job.write.source.len() as u64 + 1, Ordering::Relaxed);
-        lock(&self.jobs).push_back(job);
-        self.more_jobs.notify_one();
-    }
-
     /// No byte is sent on this connection any more, nor read from a source for it.
-    pub(super) fn close(&self, code: CloseCode, reason: &str) {
+    pub(crate) fn end(&self, code: CloseCode, reason: &str) {
         self.connection.close(code.into(), reason.as_bytes());
         lock(&self.jobs).clear();
         self.more_jobs.notify_waiters();
@@ -97,22 +78,6 @@ impl Link {
 
     fn is_closed(&self) -> bool {
         self.connection.close_reason().is_some()
-    }
-
-    /// Starts the work, on the thread that drives the connection.
-    pub(super) fn start(self: Arc<Self>, node: Arc<Node>, life: Arc<Life>) {
-        let runtime = self.runtime.clone();
-        runtime.spawn(async move {
-            // The first stream of each side carries its acknowledgements.
-            let Ok(acks) = self.connection.open_uni().await else {
-                return;
-            };
-            tokio::spawn(Arc::clone(&self).send_acks(acks));
-            for _ in 0..node.config.streams {
-                tokio::spawn(Arc::clone(&self).send_writes(Arc::clone(&node), Arc::clone(&life)));
-            }
-            self.receive(node, life).await;
-        });
     }
 
     async fn send_writes(self: Arc<Self>, node: Arc<Node>, life: Arc<Life>) {
@@ -131,37 +96,38 @@ impl Link {
             let Ok(mut stream) = self.connection.open_uni().await else {
                 return;
             };
-            let sequence = job.sequence;
+            let (sequence, bytes) = (job.sequence, load_of(&job));
             let outcome = tokio::select! {
                 outcome = send_write(&mut stream, job) => outcome,
                 // QUIC wakes the writer of a stopped stream only if both its windows have room.
-                () = self.refused(sequence) => Ok(()),
+                () = self.answered(sequence) => Ok(()),
             };
             match outcome {
-                // A refused write is stopped by the reader, whose acknowledgement follows.
+                // A write that was answered early is stopped by the reader.
                 Ok(()) | Err(WriteError::Stopped(_)) => {}
                 Err(_) => return,
             }
-            let refused = {
+            let answered = {
                 let mut sent = lock(&self.sent);
-                if sent.refused.remove(&sequence) {
-                    Some(stream)
-                } else {
-                    sent.streams.insert(sequence, stream);
-                    None
+                match sent.early.remove(&sequence) {
+                    Some(ack) => Some((stream, ack)),
+                    None => {
+                        sent.streams.insert(sequence, (stream, bytes));
+                        None
+                    }
                 }
             };
-            if let Some(stream) = refused {
-                self.settle(&node, &life, stream, Ack { sequence, landed: false });
+            if let Some((stream, ack)) = answered {
+                self.settle(&node, &life, stream, bytes, ack);
             }
         }
     }
 
-    /// Waits until the reader has refused a write that is being handed to QUIC.
-    async fn refused(&self, sequence: u64) {
+    /// Waits until the reader has answered a write that is being handed to QUIC.
+    async fn answered(&self, sequence: u64) {
         loop {
-            let more = self.more_refused.notified();
-            if lock(&self.sent).refused.contains(&sequence) {
+            let more = self.more_answers.notified();
+            if lock(&self.sent).early.contains_key(&sequence) {
                 return;
             }
             more.await;
@@ -169,11 +135,12 @@ impl Link {
     }
 
     /// Reports a write, after making sure that QUIC never reads its source again.
-    fn settle(&self, node: &Node, life: &Life, mut stream: SendStream, ack: Ack) {
+    fn settle(&self, node: &Node, life: &Life, mut stream: SendStream, bytes: u64, ack: Ack) {
         // What QUIC has not seen acknowledged by itself it would send again; a reset makes it forget. On a
         // stream that is done with, this does nothing.
         let _ = stream.reset(VarInt::from_u32(0));
-        node.settle(life, ack.sequence, ack.landed);
+        self.load.fetch_sub(bytes, Ordering::Relaxed);
+        node.settle(life, self, ack.sequence, ack.landed);
     }
 
     async fn receive(self: Arc<Self>, node: Arc<Node>, life: Arc<Life>) {
@@ -190,7 +157,7 @@ impl Link {
             tokio::spawn(async move {
                 if let Err(RuleBroken(rule)) = link.receive_write(stream, &node, &life).await {
                     tracing::warn!(peer = %life.peer, rule, "severed: the peer broke a rule");
-                    link.close(CloseCode::Rules, rule);
+                    link.end(CloseCode::Rules, rule);
                 }
             });
         }
@@ -199,8 +166,8 @@ impl Link {
     async fn receive_write(
         &self,
         mut stream: RecvStream,
-        node: &Node,
-        life: &Life,
+        node: &Arc<Node>,
+        life: &Arc<Life>,
     ) -> Result<(), RuleBroken> {
         let mut bytes = [0; HEADER_BYTES];
         if stream.read_exact(&mut bytes).await.is_err() {
@@ -208,7 +175,15 @@ impl Link {
             return Ok(());
         }
         let header = Header::decode(&bytes).ok_or(RuleBroken("write header of another version"))?;
-        let Header { window, offset, len, immediate, sequence } = header;
+        let Header { window, offset, len, immediate, sequence, failed, .. } = header;
+        if let Some(path) = failed {
+            node.path_failed(life, path);
+            if life.has_landed(sequence) {
+                let _ = stream.stop(VarInt::from_u32(0));
+                self.acknowledge(Ack { sequence, landed: true });
+                return Ok(());
+            }
+        }
         let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
             self.refuse(node, stream, sequence);
             return Ok(());
@@ -236,7 +211,7 @@ impl Link {
             return Err(RuleBroken("write shorter than its header says"));
         }
         if landing.complete(|| node.report_landed(life.peer, immediate, len, window.key)) {
-            node.count_landed(len);
+            node.count_landed(Path::Quic, len);
             self.acknowledge(Ack { sequence, landed: true });
         } else {
             self.refuse(node, stream, sequence);
@@ -275,30 +250,73 @@ impl Link {
         let mut record = [0; ACK_BYTES];
         while stream.read_exact(&mut record).await.is_ok() {
             let Some(ack) = Ack::decode(&record) else {
-                return self.close(CloseCode::Rules, "malformed acknowledgement");
+                return self.end(CloseCode::Rules, "malformed acknowledgement");
             };
             let stream = {
                 let mut sent = lock(&self.sent);
                 let stream = sent.streams.remove(&ack.sequence);
-                if stream.is_none() && !ack.landed && sent.refused.len() < node.config.write_limit {
-                    sent.refused.insert(ack.sequence);
-                    self.more_refused.notify_waiters();
+                if stream.is_none() && sent.early.len() < node.config.write_limit {
+                    sent.early.insert(ack.sequence, ack);
+                    self.more_answers.notify_waiters();
                 }
                 stream
             };
-            match stream {
-                Some(stream) => self.settle(&node, &life, stream, ack),
-                // It cannot have landed before all of it was handed to QUIC.
-                None if ack.landed => return self.close(CloseCode::Rules, "unknown write acknowledged"),
-                None => {}
+            if let Some((stream, bytes)) = stream {
+                self.settle(&node, &life, stream, bytes, ack);
             }
         }
     }
 }
 
+impl Lane for Link {
+    fn id(&self) -> LaneId {
+        self.id
+    }
+
+    fn path(&self) -> Path {
+        Path::Quic
+    }
+
+    fn push(&self, job: Job) {
+        self.load.fetch_add(load_of(&job), Ordering::Relaxed);
+        lock(&self.jobs).push_back(job);
+        self.more_jobs.notify_one();
+    }
+
+    fn load(&self) -> u64 {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    /// On the thread that drives the connection.
+    fn start(self: Arc<Self>, node: &Arc<Node>, life: &Arc<Life>) {
+        let runtime = self.runtime.clone();
+        let (node, life) = (Arc::clone(node), Arc::clone(life));
+        runtime.spawn(async move {
+            // The first stream of each side carries its acknowledgements.
+            let Ok(acks) = self.connection.open_uni().await else {
+                return;
+            };
+            tokio::spawn(Arc::clone(&self).send_acks(acks));
+            for _ in 0..node.config.streams {
+                tokio::spawn(Arc::clone(&self).send_writes(Arc::clone(&node), Arc::clone(&life)));
+            }
+            self.receive(node, life).await;
+        });
+    }
+
+    fn close(&self, reason: &str) {
+        self.end(CloseCode::Goodbye, reason);
+    }
+}
+
+/// One more than its bytes, so that empty writes are spread too.
+fn load_of(job: &Job) -> u64 {
+    job.write.source.len() as u64 + 1
+}
+
 async fn send_write(stream: &mut SendStream, job: Job) -> Result<(), WriteError> {
-    let Job { sequence, write: Write { source, window, offset, immediate, .. } } = job;
-    let header = Header { window, offset, len: source.len() as u64, immediate, sequence };
+    let header = job.header();
+    let source = job.write.source;
     stream.write_all(&header.encode()).await?;
     if !source.is_empty() {
         // QUIC reads the source itself when it builds packets: nothing is copied here.

@@ -1,28 +1,33 @@
 //! What precedes each write on its stream, and what the reader answers.
 
+use super::lane::Path;
 use crate::handshake::VERSION;
 use tandem_proto::wire::Window;
 
-pub(super) const HEADER_BYTES: usize = 58;
-pub(super) const ACK_BYTES: usize = 9;
+pub(crate) const HEADER_BYTES: usize = 67;
+pub(crate) const ACK_BYTES: usize = 9;
 
 /// Announces a write. Its bytes follow until the end of the stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Header {
-    pub(super) window: Window,
+pub(crate) struct Header {
+    pub(crate) window: Window,
     /// Where in the window the first byte goes.
-    pub(super) offset: u64,
-    pub(super) len: u64,
-    pub(super) immediate: u32,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    pub(crate) immediate: u32,
     /// Names the write in its acknowledgement.
-    pub(super) sequence: u64,
+    pub(crate) sequence: u64,
+    /// No write before this is repeated any more: all have been reported.
+    pub(crate) floor: u64,
+    /// The path that failed before it had acknowledged this write, if it is repeated.
+    pub(crate) failed: Option<Path>,
 }
 
 /// The fate of a write, told by the side where it was to land.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) struct Ack {
-    pub(super) sequence: u64,
-    pub(super) landed: bool,
+pub(crate) struct Ack {
+    pub(crate) sequence: u64,
+    pub(crate) landed: bool,
 }
 
 fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
@@ -32,7 +37,7 @@ fn take<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
 }
 
 impl Header {
-    pub(super) fn encode(&self) -> [u8; HEADER_BYTES] {
+    pub(crate) fn encode(&self) -> [u8; HEADER_BYTES] {
         let mut out = [0; HEADER_BYTES];
         let mut at = 0;
         let mut put = |bytes: &[u8]| {
@@ -48,11 +53,13 @@ impl Header {
         put(&self.len.to_le_bytes());
         put(&self.immediate.to_le_bytes());
         put(&self.sequence.to_le_bytes());
+        put(&self.floor.to_le_bytes());
+        put(&[self.failed.map_or(0, Path::code)]);
         out
     }
 
-    /// None if it is another version's.
-    pub(super) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
+    /// None if it is another version's, or names a path that there is not.
+    pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
         let mut rest = &bytes[..];
         if u16::from_le_bytes(take(&mut rest)?) != VERSION {
             return None;
@@ -68,12 +75,17 @@ impl Header {
             len: u64::from_le_bytes(take(&mut rest)?),
             immediate: u32::from_le_bytes(take(&mut rest)?),
             sequence: u64::from_le_bytes(take(&mut rest)?),
+            floor: u64::from_le_bytes(take(&mut rest)?),
+            failed: match take(&mut rest)? {
+                [0] => None,
+                [code] => Some(Path::of_code(code)?),
+            },
         })
     }
 }
 
 impl Ack {
-    pub(super) fn encode(self) -> [u8; ACK_BYTES] {
+    pub(crate) fn encode(self) -> [u8; ACK_BYTES] {
         let mut out = [0; ACK_BYTES];
         out[..8].copy_from_slice(&self.sequence.to_le_bytes());
         out[8] = u8::from(self.landed);
@@ -81,7 +93,7 @@ impl Ack {
     }
 
     /// None if the fate is none that there is.
-    pub(super) fn decode(bytes: &[u8; ACK_BYTES]) -> Option<Ack> {
+    pub(crate) fn decode(bytes: &[u8; ACK_BYTES]) -> Option<Ack> {
         let mut rest = &bytes[..];
         let sequence = u64::from_le_bytes(take(&mut rest)?);
         match rest {
@@ -118,9 +130,11 @@ mod tests {
             len: 6,
             immediate: u32::MAX - 7,
             sequence: 8,
+            floor: 9,
+            failed: Some(Path::Shm),
         };
         let bytes = header.encode();
-        assert_eq!(bytes[HEADER_BYTES - 8..], 8u64.to_le_bytes(), "the header fills its bytes");
+        assert_eq!(bytes[HEADER_BYTES - 1], Path::Shm.code(), "the header fills its bytes");
         assert_eq!(Header::decode(&bytes), Some(header));
         let mut other = bytes;
         other[0] ^= 0xff;

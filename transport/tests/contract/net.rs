@@ -6,47 +6,64 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tandem_proto::ids::NodeId;
-use tandem_transport::{Identity, QuicConfig, QuicTransport, Transport, Tuning};
+use tandem_transport::{Identity, NetConfig, NetTransport, Path, Transport, Tuning};
 
-pub(crate) type Single = Loopback<Defaults>;
-pub(crate) type Threaded = Loopback<ThreeThreads>;
-pub(crate) type SmallPackets = Loopback<Ethernet>;
+pub(crate) type Quic = Loopback<QuicAlone>;
+pub(crate) type QuicThreaded = Loopback<ThreeThreads>;
+pub(crate) type QuicSmallPackets = Loopback<Ethernet>;
+pub(crate) type Shm = Loopback<ShmAlone>;
+pub(crate) type Best = Loopback<Defaults>;
 
 pub(crate) trait Shape {
-    fn config() -> QuicConfig;
+    fn config() -> NetConfig;
 }
 
+/// Whatever path is best here.
 pub(crate) struct Defaults;
 impl Shape for Defaults {
-    fn config() -> QuicConfig {
-        QuicConfig::default()
+    fn config() -> NetConfig {
+        NetConfig::default()
+    }
+}
+
+pub(crate) struct QuicAlone;
+impl Shape for QuicAlone {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::Quic], ..NetConfig::default() }
+    }
+}
+
+pub(crate) struct ShmAlone;
+impl Shape for ShmAlone {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::Shm], ..NetConfig::default() }
     }
 }
 
 /// More threads and connections than cores, and an odd number against an even one.
 pub(crate) struct ThreeThreads;
 impl Shape for ThreeThreads {
-    fn config() -> QuicConfig {
-        QuicConfig { threads: 3, connections: 4, ..QuicConfig::default() }
+    fn config() -> NetConfig {
+        NetConfig { threads: 3, connections: 4, ..QuicAlone::config() }
     }
 }
 
 /// As between hosts: small packets, so many of them, and small windows, so that writes wait for one another.
 pub(crate) struct Ethernet;
 impl Shape for Ethernet {
-    fn config() -> QuicConfig {
+    fn config() -> NetConfig {
         let tuning = Tuning {
             loopback_mtu: 1452,
             stream_window: 64 << 10,
             connection_window: 128 << 10,
             ..Tuning::default()
         };
-        QuicConfig { connections: 1, streams: 2, tuning, ..QuicConfig::default() }
+        NetConfig { connections: 1, streams: 2, tuning, ..QuicAlone::config() }
     }
 }
 
 pub(crate) struct Loopback<S> {
-    nodes: Vec<Option<QuicTransport>>,
+    nodes: Vec<Option<NetTransport>>,
     addresses: Vec<SocketAddr>,
     shape: PhantomData<S>,
 }
@@ -60,19 +77,19 @@ impl<S: Shape> Cluster for Loopback<S> {
         std::fs::remove_dir_all(&dir).expect("the directory is there");
         let nodes: Vec<_> = (0..setup.nodes as u64)
             .map(|node| {
-                let config = QuicConfig {
+                let config = NetConfig {
                     write_limit: setup.write_limit,
                     connect_timeout: Duration::from_millis(1500),
                     ..S::config()
                 };
                 let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 Some(
-                    QuicTransport::bind(addr, &identity, NodeId(node + 1), config)
+                    NetTransport::bind(addr, &identity, NodeId(node + 1), config)
                         .expect("a socket can be bound"),
                 )
             })
             .collect();
-        let addresses = nodes.iter().flatten().map(QuicTransport::local_addr).collect();
+        let addresses = nodes.iter().flatten().map(NetTransport::local_addr).collect();
         Loopback { nodes, addresses, shape: PhantomData }
     }
 

@@ -1,0 +1,77 @@
+//! The files behind memory that processes of one host share.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+/// Never shrunk, so that no reader of a mapping ever runs past its end; never grown, so that its length says
+/// what it holds; and sealed so for good.
+const SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+const HUGE_PAGE: usize = 2 << 20;
+
+/// A file without a name, in memory. It is gone with its last holder, however that ends.
+pub(crate) struct MemoryFile(OwnedFd);
+
+impl MemoryFile {
+    /// A file of `len` zeroed bytes, in huge pages if the system set enough of them aside.
+    pub(crate) fn create(len: usize) -> io::Result<MemoryFile> {
+        if len.is_multiple_of(HUGE_PAGE)
+            && free_huge_pages() >= len / HUGE_PAGE
+            && let Ok(file) = MemoryFile::sealed(len, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB)
+        {
+            return Ok(file);
+        }
+        MemoryFile::sealed(len, 0)
+    }
+
+    fn sealed(len: usize, flags: u32) -> io::Result<MemoryFile> {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags;
+        // SAFETY: the name is a C string; the call makes a new descriptor and touches nothing else.
+        let fd = unsafe { libc::memfd_create(c"tandem".as_ptr(), flags) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new, and nobody else's.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        let size = libc::off_t::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        // SAFETY: both calls concern this descriptor alone.
+        if unsafe { libc::ftruncate(fd, size) } < 0
+            || unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) } < 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(MemoryFile(file))
+    }
+
+    /// A file that another process made, if it is of this length and sealed so: else reading its mapping
+    /// could fault whenever that process likes.
+    pub(crate) fn of_peer(file: OwnedFd, len: usize) -> io::Result<MemoryFile> {
+        // SAFETY: `stat` is plain numbers, for which zeroes are a value.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptor is open, and `stat` is ours to write.
+        if unsafe { libc::fstat(file.as_raw_fd(), &raw mut stat) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the call concerns this descriptor alone.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        let wanted = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        if len == 0 || usize::try_from(stat.st_size) != Ok(len) || seals < 0 || seals & wanted != wanted {
+            let problem = format!("the peer's memory is not sealed at {len} bytes, but has {}", stat.st_size);
+            return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+        }
+        Ok(MemoryFile(file))
+    }
+
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    pub(crate) fn raw(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Huge pages that are set aside and in nobody's use; 0 if the system does not say.
+fn free_huge_pages() -> usize {
+    let path = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+}

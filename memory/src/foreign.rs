@@ -1,0 +1,94 @@
+use crate::RegionError;
+use crate::file::MemoryFile;
+use crate::region::map;
+use std::os::fd::OwnedFd;
+
+/// Memory of another process of this host, to read. Its owner may change it at any time.
+pub struct ForeignRegion {
+    base: *const u8,
+    len: usize,
+    _file: MemoryFile,
+}
+
+// SAFETY: the mapping is read through `copy_out` alone, which any thread may call at any time.
+unsafe impl Send for ForeignRegion {}
+// SAFETY: as above.
+unsafe impl Sync for ForeignRegion {}
+
+impl ForeignRegion {
+    /// Maps what another process gave the [`crate::HostRegion::file`] of.
+    ///
+    /// # Errors
+    /// When it is not of this length for good, or cannot be mapped.
+    pub fn map(file: OwnedFd, len: usize) -> Result<ForeignRegion, RegionError> {
+        let failed = |source| RegionError::Map { len, source };
+        let file = MemoryFile::of_peer(file, len).map_err(failed)?;
+        let base = map(len, libc::PROT_READ, libc::MAP_SHARED, file.raw()).map_err(failed)?;
+        Ok(ForeignRegion { base, len, _file: file })
+    }
+
+    /// Copies the bytes from `at` on. What the owner changes meanwhile is copied in either state, byte by byte.
+    ///
+    /// # Errors
+    /// When they leave the region.
+    pub fn copy_out(&self, at: u64, to: &mut [u8]) -> Result<(), RegionError> {
+        let start = usize::try_from(at).unwrap_or(usize::MAX);
+        match start.checked_add(to.len()) {
+            Some(end) if end <= self.len => {
+                // SAFETY: the range lies in the mapping, whose file cannot shrink, and `to` is exclusively
+                // ours. The owner's writes are another process's: no reference to the bytes is ever made.
+                unsafe { std::ptr::copy_nonoverlapping(self.base.add(start), to.as_mut_ptr(), to.len()) };
+                Ok(())
+            }
+            end => Err(RegionError::OutOfBounds { start, end: end.unwrap_or(usize::MAX), len: self.len }),
+        }
+    }
+}
+
+impl Drop for ForeignRegion {
+    fn drop(&mut self) {
+        // SAFETY: base and len are those of the mapping made in `map`.
+        unsafe { libc::munmap(self.base.cast_mut().cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::HostRegion;
+
+    #[test]
+    fn another_mapping_sees_the_same_bytes() {
+        let ours = HostRegion::map(10_000).unwrap();
+        // SAFETY: this test is the only holder.
+        unsafe { ours.base().add(5000).cast::<[u8; 3]>().write([1, 2, 3]) };
+        let file = || ours.file().unwrap().try_clone_to_owned().unwrap();
+        let theirs = ForeignRegion::map(file(), 10_000).unwrap();
+        let mut seen = [0; 5];
+        theirs.copy_out(4999, &mut seen).unwrap();
+        assert_eq!(seen, [0, 1, 2, 3, 0]);
+        assert!(theirs.copy_out(9996, &mut seen).is_err());
+        assert!(theirs.copy_out(u64::MAX, &mut seen).is_err());
+        assert!(ForeignRegion::map(file(), 10_001).is_err());
+        let both = HostRegion::of_peer(file(), 10_000).unwrap();
+        // SAFETY: as above.
+        unsafe { *both.base() = 9 };
+        theirs.copy_out(0, &mut seen[..1]).unwrap();
+        assert_eq!(seen[0], 9);
+    }
+
+    #[test]
+    fn what_could_shrink_is_refused() {
+        let file = tempfile();
+        file.set_len(4096).unwrap();
+        let error = ForeignRegion::map(file.into(), 4096).err().unwrap();
+        assert!(error.to_string().contains("4096 bytes"), "{error}");
+    }
+
+    fn tempfile() -> std::fs::File {
+        let path = std::env::temp_dir().join(format!("tandem-foreign-{}", std::process::id()));
+        let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        std::fs::remove_file(path).unwrap();
+        file
+    }
+}

@@ -1,0 +1,502 @@
+//! The shared memory lane: between processes of one user on one host, with one copy.
+//!
+//! The writer announces where in its own memory the bytes lie; the process where they are to land maps that
+//! memory, to read only, and copies them through its windows. So nobody ever writes another's memory, and a
+//! closed window is closed. The two share nothing that either writes but two queues of words
+//! ([`ring`]); the socket over which all of it was handed ([`handover`]) wakes whoever sleeps, and shows
+//! when the other process is gone, with which the system frees everything.
+
+mod handover;
+mod ring;
+
+use crate::net::header::Header;
+use crate::net::lane::{Job, Lane, LaneId, Path};
+use crate::net::life::Life;
+use crate::net::node::Node;
+pub(crate) use handover::{Listener, Offer};
+use handover::{Message, Received, Socket};
+use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};
+use rustix::io::Errno;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use tandem_memory::{ForeignRegion, HostRegion};
+use tandem_proto::wire::Window;
+
+const VERSION: u16 = 1;
+/// Bytes copied between two looks at whether the lane was closed.
+const PIECE: usize = 256 << 10;
+/// How long to look for more before sleeping. Waking takes a system call and some ten microseconds.
+const SPIN: Duration = Duration::from_micros(20);
+/// How often a sleeper looks although nobody woke it.
+const NAP: Duration = Duration::from_secs(1);
+/// Regions that a peer's writes may come from, at most.
+const MAX_REGIONS: usize = 64;
+
+/// Why there is no shared memory lane.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("the peer offers none")]
+    NotOffered,
+    #[error("this node could not set it up")]
+    NotHere,
+    #[error("the peer is on another host")]
+    OtherHost,
+    #[error("the peer is not reached from this network namespace: {0}")]
+    Connect(Errno),
+    #[error("the peer runs as user {peer}, this node as user {own}")]
+    OtherUser { peer: u32, own: u32 },
+    #[error("the peer did not answer in time, or refused")]
+    NoWelcome,
+    #[error("the session was over before it was made")]
+    Gone,
+    #[error("the peer broke a rule: {0}")]
+    Rule(&'static str),
+    #[error("{0}")]
+    Memory(#[from] tandem_memory::RegionError),
+    #[error("{0}")]
+    System(String),
+}
+
+impl From<Garbled> for Error {
+    fn from(_: Garbled) -> Error {
+        Error::Rule("its queue's position cannot be")
+    }
+}
+
+/// Decoders of what peers send.
+pub(crate) fn fuzz(bytes: &[u8]) {
+    handover::fuzz(bytes);
+    let mut words = [0; JOB_WORDS];
+    for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
+    }
+    if let Some(announced) = Announced::decode(&words) {
+        assert_eq!(Announced::decode(&announced.encode()), Some(announced));
+    }
+}
+
+/// Makes a lane to the peer of a life that was dialled here. Waits a second at most.
+pub(crate) fn dial(node: &Arc<Node>, life: &Arc<Life>, offer: &Offer) -> Result<(), Error> {
+    let socket = Socket::connect(offer)?;
+    let shared = HostRegion::map(SHARED_BYTES)?;
+    let join = Message::Join { node: node.local(), life: life.number, secret: life.secret };
+    socket.send(&join, shared.file(), true)?;
+    match socket.receive(true)? {
+        Received::Message(Message::Welcome, None) => {}
+        _ => return Err(Error::NoWelcome),
+    }
+    let lane = ShmLane::new(life.new_lane_id(), socket, &shared, true);
+    if life.attach_lane(lane) { Ok(()) } else { Err(Error::Gone) }
+}
+
+/// Takes lanes until the listener is stopped.
+pub(crate) fn accept(node: &Arc<Node>) {
+    let Some(listener) = node.shm() else { return };
+    while let Some(socket) = listener.accept() {
+        if let Err(error) = admit(node, socket) {
+            tracing::warn!(%error, "shared memory lane refused");
+        }
+    }
+}
+
+fn admit(node: &Arc<Node>, socket: Socket) -> Result<(), Error> {
+    socket.be_patient()?;
+    let Received::Message(Message::Join { node: peer, life, secret }, Some(file)) = socket.receive(true)?
+    else {
+        return Err(Error::Rule("its first message is another"));
+    };
+    let life = node.life_of_lane(peer, life, &secret).ok_or(Error::Gone)?;
+    let shared = HostRegion::of_peer(file, SHARED_BYTES)?;
+    let lane = ShmLane::new(life.new_lane_id(), socket, &shared, false);
+    if !life.attach_lane(Arc::clone(&lane) as Arc<dyn Lane>) {
+        return Err(Error::Gone);
+    }
+    lane.socket.send(&Message::Welcome, None, true)
+}
+
+/// A write as it is announced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Announced {
+    header: Header,
+    /// Where its bytes lie: the writer's number of the region, and the first byte's place in it.
+    region: u32,
+    at: u64,
+}
+
+impl Announced {
+    fn encode(&self) -> [u64; JOB_WORDS] {
+        let Header { window, offset, len, immediate, sequence, floor, failed } = self.header;
+        let mut words = [0; JOB_WORDS];
+        words[..10].copy_from_slice(&[
+            u64::from(window.region) | u64::from(immediate) << 32,
+            window.key,
+            window.offset,
+            window.len,
+            offset,
+            len,
+            sequence,
+            floor,
+            u64::from(self.region) | u64::from(failed.map_or(0, Path::code)) << 32,
+            self.at,
+        ]);
+        words
+    }
+
+    fn decode(words: &[u64; JOB_WORDS]) -> Option<Announced> {
+        let [low, high] = [words[8] as u32, (words[8] >> 32) as u32];
+        let failed = match u8::try_from(high).ok()? {
+            0 => None,
+            code => Some(Path::of_code(code)?),
+        };
+        let window = Window { region: words[0] as u32, key: words[1], offset: words[2], len: words[3] };
+        let header = Header {
+            window,
+            offset: words[4],
+            len: words[5],
+            immediate: (words[0] >> 32) as u32,
+            sequence: words[6],
+            floor: words[7],
+            failed,
+        };
+        Some(Announced { header, region: low, at: words[9] })
+    }
+}
+
+/// The lane. A thread of its own lands the peer's writes and settles those of this side.
+struct ShmLane {
+    id: LaneId,
+    socket: Socket,
+    own: Sign,
+    peers: Sign,
+    out: Mutex<Outgoing>,
+    load: AtomicU64,
+    /// Held while a piece is copied; false once the lane is closed.
+    open: Mutex<bool>,
+    /// As `open`, for those who need no certainty.
+    closed: AtomicBool,
+    /// For the thread, until it is started.
+    incoming: Mutex<Option<Incoming>>,
+}
+
+struct Outgoing {
+    jobs: Producer<JOB_WORDS>,
+    /// Those for which the queue had no room.
+    waiting: VecDeque<Job>,
+    /// What each unsettled write counts as load.
+    unsettled: BTreeMap<u64, u64>,
+    /// Regions that the peer was given, by where they begin. They stay until the lane is gone, so none of
+    /// these addresses becomes another region's.
+    given: HashMap<usize, (u32, Arc<HostRegion>)>,
+}
+
+struct Incoming {
+    jobs: Consumer<JOB_WORDS>,
+    answers: Producer<1>,
+    acks: Consumer<1>,
+    regions: HashMap<u32, ForeignRegion>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing panics between two steps of a change to what these guard.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl ShmLane {
+    fn new(id: LaneId, socket: Socket, shared: &Arc<HostRegion>, made_here: bool) -> Arc<ShmLane> {
+        let Ends { jobs_out, jobs_in, acks_out, acks_in, own, peers } = Ends::new(shared, made_here);
+        Arc::new(ShmLane {
+            id,
+            socket,
+            own,
+            peers,
+            out: Mutex::new(Outgoing {
+                jobs: jobs_out,
+                waiting: VecDeque::new(),
+                unsettled: BTreeMap::new(),
+                given: HashMap::new(),
+            }),
+            load: AtomicU64::new(0),
+            open: Mutex::new(true),
+            closed: AtomicBool::new(false),
+            incoming: Mutex::new(Some(Incoming {
+                jobs: jobs_in,
+                answers: acks_out,
+                acks: acks_in,
+                regions: HashMap::new(),
+            })),
+        })
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    fn wake_peer(&self) {
+        if self.peers.must_wake() {
+            // Fails when the peer is gone, or so many wakes are on their way that one more says nothing.
+            let _ = self.socket.send(&Message::Wake, None, false);
+        }
+    }
+
+    fn run(&self, node: &Arc<Node>, life: &Arc<Life>, incoming: Incoming) {
+        let outcome = self.serve(node, life, incoming);
+        if let Err(error) = outcome
+            && !self.is_closed()
+        {
+            node.lane_failed(life, self, &error.to_string());
+        }
+    }
+
+    fn serve(&self, node: &Arc<Node>, life: &Arc<Life>, mut incoming: Incoming) -> Result<(), Error> {
+        let mut idle_since = None;
+        while !self.is_closed() {
+            let mut busy = self.settle(node, life, &mut incoming)?;
+            busy |= self.flush()?;
+            while incoming.answers.has_room()?
+                && let Some(words) = incoming.jobs.pop()?
+            {
+                busy = true;
+                self.receive(node, life, &mut incoming, &words)?;
+                self.settle(node, life, &mut incoming)?;
+            }
+            if busy {
+                idle_since = None;
+                continue;
+            }
+            if idle_since.get_or_insert_with(Instant::now).elapsed() < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            self.own.set_asleep(true);
+            if incoming.jobs.is_empty() && incoming.acks.is_empty() && !self.is_closed() {
+                self.socket.wait(NAP);
+            }
+            self.own.set_asleep(false);
+            self.take_messages(&mut incoming)?;
+        }
+        Ok(())
+    }
+
+    /// Takes in the peer's answers.
+    fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<bool, Error> {
+        let mut any = false;
+        while let Some([ack]) = incoming.acks.pop()? {
+            any = true;
+            let (sequence, landed) = (ack >> 1, ack & 1 == 1);
+            // An answer to what was never asked is passed over.
+            // Not in the condition below: whoever submits holds the life's lock and waits for this one.
+            let bytes = lock(&self.out).unsettled.remove(&sequence);
+            if let Some(bytes) = bytes {
+                self.load.fetch_sub(bytes, Ordering::Relaxed);
+                node.settle(life, self, sequence, landed);
+            }
+        }
+        Ok(any)
+    }
+
+    /// Announces what waits for room.
+    fn flush(&self) -> Result<bool, Error> {
+        let mut out = lock(&self.out);
+        let mut any = false;
+        while !out.waiting.is_empty() && out.jobs.has_room()? {
+            if let Some(job) = out.waiting.pop_front() {
+                any = true;
+                self.announce(&mut out, &job)?;
+            }
+        }
+        drop(out);
+        if any {
+            self.wake_peer();
+        }
+        Ok(any)
+    }
+
+    /// There is room in the queue.
+    fn announce(&self, out: &mut Outgoing, job: &Job) -> Result<(), Error> {
+        let source = &job.write.source;
+        let memory = source.region();
+        let serial = match out.given.get(&(memory.base() as usize)) {
+            Some((serial, _)) => *serial,
+            None => {
+                let serial = out.given.len() as u32;
+                let Some(file) = memory.file().filter(|_| out.given.len() < MAX_REGIONS) else {
+                    return Err(Error::System("a write comes from memory that cannot be shared".into()));
+                };
+                let message = Message::Region { serial, len: memory.len() as u64 };
+                self.socket.send(&message, Some(file), false)?;
+                out.given.insert(memory.base() as usize, (serial, Arc::clone(memory)));
+                serial
+            }
+        };
+        let announced = Announced { header: job.header(), region: serial, at: source.offset() as u64 };
+        out.jobs.push(&announced.encode());
+        Ok(())
+    }
+
+    fn take_messages(&self, incoming: &mut Incoming) -> Result<(), Error> {
+        loop {
+            match self.socket.receive(false)? {
+                Received::Nothing => return Ok(()),
+                Received::End => return Err(Error::System("the peer's end is closed".into())),
+                Received::Message(Message::Wake, None) => {}
+                Received::Message(Message::Region { serial, len }, Some(file)) => {
+                    self.take_region(incoming, serial, len, file)?;
+                }
+                Received::Message(..) => return Err(Error::Rule("an unexpected message")),
+            }
+        }
+    }
+
+    fn take_region(
+        &self,
+        incoming: &mut Incoming,
+        serial: u32,
+        len: u64,
+        file: OwnedFd,
+    ) -> Result<(), Error> {
+        if incoming.regions.len() >= MAX_REGIONS {
+            return Err(Error::Rule("too many regions"));
+        }
+        let len = usize::try_from(len).map_err(|_| Error::Rule("a region larger than the address space"))?;
+        incoming.regions.insert(serial, ForeignRegion::map(file, len)?);
+        Ok(())
+    }
+
+    /// Lands a write, and answers.
+    fn receive(
+        &self,
+        node: &Arc<Node>,
+        life: &Arc<Life>,
+        incoming: &mut Incoming,
+        words: &[u64; JOB_WORDS],
+    ) -> Result<(), Error> {
+        let announced = Announced::decode(words).ok_or(Error::Rule("a write that cannot be read"))?;
+        while !node.wait_until_polled(Duration::from_millis(100)) {
+            if self.is_closed() {
+                return Ok(());
+            }
+        }
+        let Header { sequence, failed, .. } = announced.header;
+        if let Some(path) = failed {
+            node.path_failed(life, path);
+        }
+        let landed = if failed.is_some() && life.has_landed(sequence) {
+            true
+        } else {
+            if !incoming.regions.contains_key(&announced.region) {
+                // Its region was handed over before it was announced.
+                self.take_messages(incoming)?;
+            }
+            let source = incoming.regions.get(&announced.region);
+            let source = source.ok_or(Error::Rule("a write from a region that was never given"))?;
+            match self.land(node, life, source, &announced)? {
+                Some(landed) => landed,
+                None => return Ok(()),
+            }
+        };
+        if !landed {
+            node.count_refused();
+        }
+        incoming.answers.push(&[sequence << 1 | u64::from(landed)]);
+        self.wake_peer();
+        Ok(())
+    }
+
+    /// Whether the write landed; None when there is nobody to tell any more.
+    fn land(
+        &self,
+        node: &Node,
+        life: &Life,
+        source: &ForeignRegion,
+        announced: &Announced,
+    ) -> Result<Option<bool>, Error> {
+        let Header { window, offset, len, immediate, sequence, floor, .. } = announced.header;
+        let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
+            return Ok(Some(false));
+        };
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(PIECE as u64) as usize;
+            let open = lock(&self.open);
+            if !*open {
+                return Ok(None);
+            }
+            let from = announced.at.saturating_add(done);
+            let mut copied = Ok(());
+            if !landing.land_by(offset + done, piece, |place| copied = source.copy_out(from, place)) {
+                return Ok(Some(false));
+            }
+            copied.map_err(|_| Error::Rule("a write from beyond its region"))?;
+            done += piece as u64;
+        }
+        let open = lock(&self.open);
+        // What was copied after the writer took its source back may be anything.
+        if !*open || !self.peers.lent_until_now() {
+            return Ok(None);
+        }
+        if !landing.complete(|| node.report_landed(life.peer, immediate, len, window.key)) {
+            return Ok(Some(false));
+        }
+        node.count_landed(Path::Shm, len);
+        life.note_landed(sequence, floor)
+            .map_err(|_| Error::Rule("too many writes that are not reported"))?;
+        Ok(Some(true))
+    }
+}
+
+impl Lane for ShmLane {
+    fn id(&self) -> LaneId {
+        self.id
+    }
+
+    fn path(&self) -> Path {
+        Path::Shm
+    }
+
+    fn push(&self, job: Job) {
+        let bytes = job.write.source.len() as u64 + 1;
+        self.load.fetch_add(bytes, Ordering::Relaxed);
+        let mut out = lock(&self.out);
+        out.unsettled.insert(job.sequence, bytes);
+        if !out.waiting.is_empty() || !out.jobs.has_room().unwrap_or(false) {
+            // The peer answers what fills the queue, and then this is announced.
+            out.waiting.push_back(job);
+            return;
+        }
+        let announced = self.announce(&mut out, &job);
+        drop(out);
+        match announced {
+            Ok(()) => self.wake_peer(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot use shared memory");
+                // The lane's thread sees that, and has the write repeated elsewhere.
+                self.socket.close();
+            }
+        }
+    }
+
+    fn load(&self) -> u64 {
+        self.load.load(Ordering::Relaxed)
+    }
+
+    fn start(self: Arc<Self>, node: &Arc<Node>, life: &Arc<Life>) {
+        let Some(incoming) = lock(&self.incoming).take() else { return };
+        let (run, life_of_thread) = (Arc::clone(node), Arc::clone(life));
+        let lane = Arc::clone(&self);
+        let spawned =
+            node.spawn(format!("shm-{}", life.peer), move || lane.run(&run, &life_of_thread, incoming));
+        if let Err(error) = spawned {
+            node.lane_failed(life, &*self, &format!("no thread for it: {error}"));
+        }
+    }
+
+    fn close(&self, _reason: &str) {
+        self.closed.store(true, Ordering::Release);
+        self.own.set_lends(false);
+        *lock(&self.open) = false;
+        self.socket.close();
+    }
+}
