@@ -50,6 +50,10 @@ pub struct Inbound {
     events: Vec<Event>,
 }
 
+/// Landing memory taken from the system at the start. The slot freed last is used first, so more is touched only
+/// under load.
+const WARM_BYTES: usize = 64 << 20;
+
 struct Landing {
     tokens: u32,
     pages: Vec<PageId>,
@@ -71,6 +75,9 @@ impl Inbound {
         let slot_bytes = shape.packed_bytes(shape.chunk_tokens);
         let slots = (landing_bytes / slot_bytes).clamp(2, tandem_proto::handoff::MAX_SLOTS as usize);
         let landing = HostRegion::map(slots * slot_bytes)?;
+        if let Err(error) = landing.extent(0..landing.len().min(WARM_BYTES))?.populate() {
+            tracing::warn!(%error, "memory for landing is taken as it is used");
+        }
         let landing_id = transport.register(Arc::clone(&landing))?;
         let config = ReceiverConfig { slots: slots as u32, ..ReceiverConfig::default() };
         Ok(Inbound {

@@ -191,6 +191,21 @@ impl Extent {
         })
     }
 
+    /// Has the system provide the memory now rather than when it is first touched, which can take a hundred
+    /// times as long as using it. Changes no byte; may be called while others use the memory.
+    ///
+    /// # Errors
+    /// When the system has no more, or is too old to know how (before Linux 5.14).
+    pub fn populate(&self) -> io::Result<()> {
+        let page = 4096;
+        let start = self.start / page * page;
+        let len = self.start + self.len - start;
+        // SAFETY: the range, widened to whole pages, lies in the mapping; populating changes no content.
+        let done =
+            unsafe { libc::madvise(self.region.base.add(start).cast(), len, libc::MADV_POPULATE_WRITE) };
+        if len > 0 && done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     /// The bytes, to read.
     ///
     /// # Safety
@@ -226,6 +241,7 @@ mod tests {
         let extent = region.extent(100..200).unwrap();
         assert!(extent.part(0..101).is_err());
         let part = extent.part(10..20).unwrap();
+        part.populate().unwrap();
         // SAFETY: this test is the only holder.
         unsafe { part.bytes_mut() }.fill(7);
         // SAFETY: as above.

@@ -40,8 +40,8 @@ pub struct NodeOptions {
     /// The address that other nodes reach this one at. Needed when it listens on 0.0.0.0 or every IPv6 address.
     #[arg(long, value_name = "IP")]
     pub advertise: Option<IpAddr>,
-    /// Memory for pages of KV. Taken from the system as it is used, so a large value costs nothing by itself.
-    #[arg(long, value_name = "SIZE", default_value = "2GiB", value_parser = units::bytes, help_heading = "Memory and speed")]
+    /// Memory for pages of KV. All of it is taken from the system soon after the start, in the background.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = units::bytes, help_heading = "Memory and speed")]
     pub kv_memory: usize,
     /// How keys and values are stored: f32 loses nothing; f16 and bf16 take half the room and half the link.
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = kv_dtype, help_heading = "Memory and speed")]
@@ -121,6 +121,7 @@ pub fn start(
     let shutdown = Shutdown::on_signals()?;
     let identity = options.tls.identity()?;
     let (engine, kv) = load(&options)?;
+    warm(&kv)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async move {
         let node = random_node_id().context("no randomness for the node's id")?;
@@ -211,6 +212,24 @@ fn load(options: &NodeOptions) -> anyhow::Result<(CpuEngine, KvPages)> {
         "model loaded"
     );
     Ok((engine, kv))
+}
+
+/// Has the system provide the pages' memory before prompts need it, without disturbing those that do already.
+fn warm(kv: &KvPages) -> anyhow::Result<()> {
+    let (pieces, begun) = (kv.pieces(), Instant::now());
+    let warm = move || {
+        // Of this thread alone. At the usual priority it would merely be done sooner.
+        let _ = rustix::process::setpriority_process(None, 19);
+        for piece in pieces {
+            if let Err(error) = piece.populate() {
+                tracing::warn!(%error, "KV memory is taken as it is used: not all of it can be had beforehand");
+                return;
+            }
+        }
+        tracing::info!(seconds = begun.elapsed().as_secs_f32(), "KV memory is warm");
+    };
+    std::thread::Builder::new().name("kv-warm".into()).spawn(warm).context("a thread to warm KV memory")?;
+    Ok(())
 }
 
 fn reachable(bound: SocketAddr, options: &NodeOptions) -> anyhow::Result<SocketAddr> {

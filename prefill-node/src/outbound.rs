@@ -90,6 +90,10 @@ impl Staging {
     }
 }
 
+/// Staging memory taken from the system at the start. The slot freed last is used first, so more is touched only
+/// under load.
+const WARM_BYTES: usize = 64 << 20;
+
 /// How long a decode node may take to be reached.
 const DIAL_TIMEOUT_US: u64 = 5_000_000;
 
@@ -108,6 +112,9 @@ impl Outbound {
     ) -> anyhow::Result<Outbound> {
         let slot_bytes = shape.packed_layer(LayerIdx(0), shape.chunk_tokens).len();
         let region = HostRegion::map(staging_bytes.max(2 * slot_bytes))?;
+        if let Err(error) = region.extent(0..region.len().min(WARM_BYTES))?.populate() {
+            tracing::warn!(%error, "memory for staging is taken as it is used");
+        }
         transport.register(Arc::clone(&region))?;
         Ok(Outbound {
             clock,

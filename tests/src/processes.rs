@@ -173,6 +173,11 @@ impl Cluster {
         let control = cluster.wait_for_router();
         let node = |name: &str, binary: &str| {
             let given = [("name", name), ("model", &model), ("router", &control), ("tls-dir", &tls_dir)];
+            let mut given = given.to_vec();
+            if !options.node_flags.iter().any(|flag| flag == "--kv-memory") {
+                // Several nodes share a small machine.
+                given.push(("kv-memory", "256MiB"));
+            }
             Process::start(name, binary, &flags(&given, &options.node_flags))
         };
         let prefill = (0..options.prefill).map(|n| node(&format!("prefill-{n}"), "prefill-node"));

@@ -144,7 +144,8 @@ fn start_cluster(options: &Options) -> anyhow::Result<Cluster> {
         options.model.display()
     );
     let mut cluster = ClusterOptions::new(&options.model);
-    cluster.node_flags = vec!["--threads".into(), options.threads.to_string()];
+    let threads = options.threads.to_string();
+    cluster.node_flags = ["--threads", &threads, "--kv-memory", "1GiB"].map(str::to_owned).to_vec();
     cluster.router_flags = vec!["--served-model-name".into(), "bench".into()];
     Ok(Cluster::start(&cluster))
 }
