@@ -1,7 +1,8 @@
 //! How fast the engine is on this machine: prefill and decode in tokens a second, and the arithmetic rate
 //! beside what the cores can do at most.
 //!
-//! `cargo run --release -p tandem-engine --example speed -- MODEL_DIR [THREADS [ISA]]`
+//! `cargo run --release -p tandem-engine --example speed -- MODEL_DIR [THREADS [ISA [f32|f16|bf16]]]`: the last is how keys and
+//! values are stored.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use tandem_engine::{CpuEngine, Engine, Isa, LoadOptions, Sequence};
 use tandem_kernels::KvPages;
 use tandem_kernels::cpu::Cpu;
 use tandem_proto::ids::{PageId, TokenId};
+use tandem_proto::layout::KvDtype;
 
 /// Tokens of each sequence before decoding.
 const CONTEXT: u32 = 512;
@@ -17,13 +19,23 @@ const TIME: Duration = Duration::from_secs(3);
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
-    let dir = PathBuf::from(arguments.next().ok_or("usage: speed MODEL_DIR [THREADS [ISA]]")?);
+    let dir = PathBuf::from(arguments.next().ok_or("usage: speed MODEL_DIR [THREADS [ISA [f32|f16|bf16]]]")?);
     let mut options = LoadOptions::default();
     if let Some(threads) = arguments.next() {
         options.threads = threads.parse()?;
     }
     if let Some(isa) = arguments.next() {
         options.isa = Isa::named(&isa)?;
+    }
+    if let Some(stored) = arguments.next() {
+        options.kv_dtype = match stored.as_str() {
+            "f32" => KvDtype::F32,
+            "f16" => KvDtype::F16,
+            "bf16" => KvDtype::Bf16,
+            other => {
+                return Err(format!("keys and values are stored as f32, f16 or bf16, not {other}").into());
+            }
+        };
     }
     let mut engine = CpuEngine::load(&dir, options)?;
     let peak = Cpu::with_isa(options.isa, options.threads).peak_gflops(TIME / 6);

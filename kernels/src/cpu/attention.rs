@@ -297,9 +297,9 @@ impl Work<'_> {
             let values = unsafe {
                 let block = Block { start, filled, last: end };
                 match Dtype::from(self.kv.shape().dtype) {
-                    Dtype::F32 => self.load_block::<S, f32>(s, block, &mut scratch),
-                    Dtype::F16 => self.load_block::<S, F16>(s, block, &mut scratch),
-                    Dtype::Bf16 => self.load_block::<S, Bf16>(s, block, &mut scratch),
+                    Dtype::F32 => self.load_block::<S, f32>(s, block, split.tiles == 1, &mut scratch),
+                    Dtype::F16 => self.load_block::<S, F16>(s, block, split.tiles == 1, &mut scratch),
+                    Dtype::Bf16 => self.load_block::<S, Bf16>(s, block, split.tiles == 1, &mut scratch),
                 }
             };
             for t in 0..split.tiles {
@@ -317,7 +317,7 @@ impl Work<'_> {
                     let sums = scratch.sums.as_mut_ptr().add(first * wide);
                     let product = Tile {
                         a: queries,
-                        segments: &[Segment { b: scratch.keys.as_ptr(), steps: dim }],
+                        segments: &[Segment::new(scratch.keys.as_ptr(), dim)],
                         b_panel: dim.next_multiple_of(LANES) * PANEL,
                         b_step: PANEL,
                         c: scores,
@@ -374,15 +374,17 @@ impl Work<'_> {
         &self,
         s: S,
         block: Block,
+        one_tile: bool,
         scratch: &mut Scratch<'_>,
     ) -> Values {
         let Block { start, filled, last } = block;
-        let mut ahead = self.ahead::<E>(start + BLOCK, last);
-        let Scratch { keys, values, turning, .. } = scratch;
         let dim = self.heads.head_dim;
         let (narrow, wide) = (dim.next_multiple_of(LANES), dim.next_multiple_of(PANEL));
-        let mut found =
-            Values { segments: [Segment { b: std::ptr::null(), steps: 0 }; BLOCK], count: 0, wide };
+        // One tile goes through the values once, and asks for the next ones as it goes.
+        let smooth = one_tile && E::as_f32(std::ptr::null()).is_some() && dim == wide;
+        let mut ahead = self.ahead::<E>(start + BLOCK, last, !smooth);
+        let Scratch { keys, values, turning, .. } = scratch;
+        let mut found = Values { segments: [Segment::new(std::ptr::null(), 0); BLOCK], count: 0, wide };
         for base in (0..filled).step_by(LANES) {
             let mut from = (turning.as_ptr(), narrow);
             let mut i = base;
@@ -392,9 +394,17 @@ impl Work<'_> {
                 let (k, v, run) = self.rows_at::<E>(start + i);
                 let run = run.min(end - i);
                 match E::as_f32(v) {
-                    Some(v) if dim == wide => found.push(v, run),
+                    Some(v) if dim == wide => {
+                        let next = start + BLOCK + i;
+                        let next = if smooth && next < last {
+                            self.rows_at::<f32>(next).1
+                        } else {
+                            std::ptr::null()
+                        };
+                        found.push(Segment { next, ..Segment::new(v, run) });
+                    }
                     _ => {
-                        found.push(values[i * wide..].as_ptr(), run);
+                        found.push(Segment::new(values[i * wide..].as_ptr(), run));
                         for row in 0..run {
                             // SAFETY: the rows lie in the page; pages start at multiples of an element's size.
                             unsafe { copy_row(s, v.add(row * dim), &mut values[(i + row) * wide..][..dim]) };
@@ -445,9 +455,9 @@ impl Work<'_> {
         (k.cast(), v.cast(), self.page_tokens - row)
     }
 
-    /// The keys and values of the block that begins at `start`, to be asked for ahead of their use.
+    /// The keys of the block that begins at `start`, and perhaps the values, to be asked for ahead of their use.
     #[inline(always)]
-    fn ahead<E: Element>(&self, start: usize, end: usize) -> Ahead {
+    fn ahead<E: Element>(&self, start: usize, end: usize, values: bool) -> Ahead {
         let mut ahead = Ahead { pieces: [(std::ptr::null(), 0); AHEAD_PIECES], count: 0, step: 0 };
         let end = end.min(start + BLOCK);
         let mut position = start;
@@ -456,8 +466,11 @@ impl Work<'_> {
             let run = run.min(end - position);
             let bytes = run * self.heads.head_dim * size_of::<E>();
             ahead.pieces[ahead.count] = (k.cast(), bytes);
-            ahead.pieces[ahead.count + 1] = (v.cast(), bytes);
-            ahead.count += 2;
+            ahead.count += 1;
+            if values {
+                ahead.pieces[ahead.count] = (v.cast(), bytes);
+                ahead.count += 1;
+            }
             position += run;
         }
         ahead
@@ -513,8 +526,8 @@ struct Values {
 
 impl Values {
     #[inline(always)]
-    fn push(&mut self, b: *const f32, steps: usize) {
-        self.segments[self.count] = Segment { b, steps };
+    fn push(&mut self, segment: Segment<f32>) {
+        self.segments[self.count] = segment;
         self.count += 1;
     }
 

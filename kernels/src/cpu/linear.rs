@@ -245,6 +245,15 @@ impl<F: Fn(usize) -> Option<(usize, usize)> + Sync> Fill<'_, F> {
 pub(crate) struct Segment<E> {
     pub(crate) b: *const E,
     pub(crate) steps: usize,
+    /// What to ask memory for, step by step as this is multiplied, because it comes next; null for nothing.
+    pub(crate) next: *const E,
+}
+
+impl<E> Segment<E> {
+    #[inline(always)]
+    pub(crate) fn new(b: *const E, steps: usize) -> Segment<E> {
+        Segment { b, steps, next: std::ptr::null() }
+    }
 }
 
 /// Where the operands of [`tiles`] lie. Strides are in elements.
@@ -370,6 +379,7 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize, const ROW: u
         let mut a = t.a;
         for segment in t.segments {
             let mut b = segment.b.add(skip);
+            let mut next = segment.next;
             for _ in 0..segment.steps {
                 let mut columns = [(zero, zero); P];
                 for (p, column) in columns.iter_mut().enumerate() {
@@ -387,6 +397,12 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize, const ROW: u
                         cell.0 = s.fma(x, column.0, cell.0);
                         cell.1 = s.fma(x, column.1, cell.1);
                     }
+                }
+                if !next.is_null() {
+                    for line in (0..P * PANEL * size_of::<E>()).step_by(CACHE_LINE) {
+                        s.prefetch(next.cast::<u8>().wrapping_add(skip * size_of::<E>() + line));
+                    }
+                    next = next.wrapping_add(t.b_step);
                 }
                 a = a.add(a_step);
                 b = b.add(t.b_step);
@@ -640,7 +656,7 @@ fn few_rows<S: Simd, E: Element>(s: S, job: &Job<'_>, panels: std::ops::Range<us
             unsafe {
                 let t = Tile {
                     a: job.a.get().add(packed_offset(split, tile, inputs)),
-                    segments: &[Segment { b, steps: inputs }],
+                    segments: &[Segment::new(b, inputs)],
                     b_panel: PANEL * inputs,
                     b_step: PANEL,
                     c: sums.as_mut_ptr(),
@@ -712,7 +728,7 @@ impl Op for ManyRows<'_> {
                         job.a.get().add(packed_offset(job.split, t, inputs) + start * height).cast_const();
                     let t = Tile {
                         a,
-                        segments: &[Segment { b, steps: end - start }],
+                        segments: &[Segment::new(b, end - start)],
                         b_panel: 0,
                         b_step: PANEL,
                         c: sums.as_mut_ptr(),
