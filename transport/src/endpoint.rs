@@ -172,6 +172,24 @@ impl Tuning {
     }
 }
 
+/// Dials from a [`bare_endpoint`].
+type Dial = Box<dyn Fn(SocketAddr) -> Result<Connecting, quinn::ConnectError> + Send>;
+
+/// An endpoint as the data plane has it, and how to dial from it, without anything of the transport on top: for
+/// measuring what that costs. Call inside a tokio runtime.
+///
+/// # Errors
+/// When the address cannot be had, or a setting is out of bounds.
+#[doc(hidden)]
+pub fn bare_endpoint(
+    addr: SocketAddr,
+    identity: &Identity,
+    tuning: &Tuning,
+) -> Result<(Endpoint, Dial), BindError> {
+    let bound = Bound::new(addr, identity, tuning, crate::quic::STREAMS)?;
+    Ok((bound.endpoint.clone(), Box::new(move |to| bound.connect(to))))
+}
+
 impl Bound {
     /// Binds within the caller's tokio runtime, which then drives the endpoint.
     pub(crate) fn new(

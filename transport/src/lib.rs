@@ -26,6 +26,8 @@ pub mod sim;
 mod transport;
 mod window;
 
+#[doc(hidden)]
+pub use endpoint::bare_endpoint;
 pub use endpoint::{BindError, Tuning};
 pub use identity::{Identity, IdentityError};
 pub use net::lane::Path;

@@ -1,5 +1,6 @@
 //! The QUIC lane, one connection of a life: writes go out on streams, others come in, acknowledgements go back.
 
+use crate::endpoint::Streams;
 use crate::handshake::CloseCode;
 use crate::lent::Lent;
 use crate::net::header::{ACK_BYTES, Ack, HEADER_BYTES, Header};
@@ -17,6 +18,11 @@ use tokio::sync::Notify;
 /// Streams of writes that are open at once in each direction, at most. Each ends when its bytes have been
 /// received: enough of them for small writes to fill a link.
 pub(crate) const MAX_STREAMS: u32 = 64;
+
+/// The return stream of each side is one more. Writes that are received at all are received to the end: none is
+/// ever stuck beside another.
+pub(crate) const STREAMS: Streams =
+    Streams { protocol: b"tandem-data/1", bidirectional: 1, unidirectional: MAX_STREAMS + 1, independent: 1 };
 
 /// A connection, and what is under way on it.
 pub(crate) struct Link {

@@ -13,10 +13,10 @@ pub(crate) mod lane;
 pub(crate) mod life;
 pub(crate) mod node;
 
-use crate::endpoint::{BindError, Bound, Streams, Tuning};
+use crate::endpoint::{BindError, Bound, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};
 use crate::identity::Identity;
-use crate::quic::MAX_STREAMS;
+use crate::quic::{MAX_STREAMS, STREAMS};
 use crate::shm;
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
 pub(crate) use header::fuzz;
@@ -32,8 +32,6 @@ use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
 use tokio::sync::watch;
-
-const PROTOCOL: &[u8] = b"tandem-data/1";
 
 /// How long stopping waits for the peers to be told.
 const FAREWELL: Duration = Duration::from_millis(200);
@@ -327,15 +325,7 @@ impl Thread {
             Err(error) => return self.tell(Err(BindError::Thread(error))),
         };
         runtime.block_on(async {
-            // The return stream of each side is one more. Writes that are received at all are received to
-            // the end: none is ever stuck beside another.
-            let streams = Streams {
-                protocol: PROTOCOL,
-                bidirectional: 1,
-                unidirectional: MAX_STREAMS + 1,
-                independent: 1,
-            };
-            let bound = match Bound::new(self.addr, &self.identity, &self.tuning, streams) {
+            let bound = match Bound::new(self.addr, &self.identity, &self.tuning, STREAMS) {
                 Ok(bound) => bound,
                 Err(error) => return self.tell(Err(error)),
             };

@@ -59,6 +59,8 @@ pub(crate) struct Node {
 struct Outbox {
     events: EventQueue,
     waker: Option<Waker>,
+    /// It was woken, and has not polled since.
+    woken: bool,
 }
 
 #[derive(Default)]
@@ -218,7 +220,11 @@ impl Node {
         loop {
             // Not in the loop's condition: the lock would be held while windows close, and whoever lands
             // bytes holds a window and waits for this lock.
-            let severed = lock(&self.outbox).events.drain(events);
+            let severed = {
+                let mut outbox = lock(&self.outbox);
+                outbox.woken = false;
+                outbox.events.drain(events)
+            };
             let Some(severed) = severed else { break };
             self.windows.close_all_of(severed);
             lock(&self.outbox).events.forget_landed_of(severed);
@@ -251,6 +257,7 @@ impl Node {
     pub(super) fn set_waker(&self, waker: Waker) {
         let mut outbox = lock(&self.outbox);
         let due = !outbox.events.is_empty();
+        outbox.woken = due;
         outbox.waker = Some(waker.clone());
         drop(outbox);
         if due {
@@ -259,9 +266,18 @@ impl Node {
     }
 
     fn report(&self, fill: impl FnOnce(&mut EventQueue)) {
+        fill(&mut lock(&self.outbox).events);
+        self.wake();
+    }
+
+    /// Wakes the node loop if there is something that it does not know of.
+    pub(crate) fn wake(&self) {
         let waker = {
             let mut outbox = lock(&self.outbox);
-            fill(&mut outbox.events);
+            if outbox.woken || outbox.events.is_empty() {
+                return;
+            }
+            outbox.woken = outbox.waker.is_some();
             outbox.waker.clone()
         };
         if let Some(waker) = waker {
@@ -273,9 +289,20 @@ impl Node {
         self.report(|events| events.push_landed(peer, immediate, len, key));
     }
 
+    /// As [`Node::report_landed`]; the caller wakes the node loop when it has more to tell.
+    pub(crate) fn report_landed_quietly(&self, peer: NodeId, immediate: u32, len: u64, key: u64) {
+        lock(&self.outbox).events.push_landed(peer, immediate, len, key);
+    }
+
     pub(crate) fn settle(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
-        let sent = life.settle(lane.id(), sequence, landed, |event| self.report(|events| events.push(event)));
-        if let Some(bytes) = sent {
+        self.settle_quietly(life, lane, sequence, landed);
+        self.wake();
+    }
+
+    /// As [`Node::settle`]; the caller wakes the node loop when it has more to tell.
+    pub(crate) fn settle_quietly(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
+        let report = |event| lock(&self.outbox).events.push(event);
+        if let Some(bytes) = life.settle(lane.id(), sequence, landed, report) {
             let counters = &self.counters.paths[lane.path() as usize];
             add(&counters.writes_sent, 1);
             add(&counters.bytes_sent, bytes);

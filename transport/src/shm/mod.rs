@@ -28,6 +28,9 @@ use tandem_proto::wire::Window;
 const VERSION: u16 = 1;
 /// Bytes copied between two looks at whether the lane was closed.
 const PIECE: usize = 256 << 10;
+/// Bytes that land before the peer and the node loop are told, if more is waiting: waking costs as much as copying
+/// some hundred KiB.
+const TELL_EVERY: u64 = 1 << 20;
 /// How long to look for more before sleeping. Waking takes a system call and some ten microseconds.
 const SPIN: Duration = Duration::from_micros(20);
 /// How often a sleeper looks although nobody woke it.
@@ -255,19 +258,28 @@ impl ShmLane {
         while !self.is_closed() {
             let mut busy = self.settle(node, life, &mut incoming)?;
             busy |= self.flush()?;
+            let mut untold = 0;
             while incoming.answers.has_room()?
                 && let Some(words) = incoming.jobs.pop()?
             {
                 busy = true;
-                self.receive(node, life, &mut incoming, &words)?;
+                untold += self.receive(node, life, &mut incoming, &words)?;
+                if untold >= TELL_EVERY {
+                    untold = 0;
+                    self.wake_peer();
+                    node.wake();
+                }
                 self.settle(node, life, &mut incoming)?;
             }
+            self.wake_peer();
+            node.wake();
             if busy {
                 idle_since = None;
                 continue;
             }
             if idle_since.get_or_insert_with(Instant::now).elapsed() < SPIN {
-                std::hint::spin_loop();
+                // The copier may be this core's other half: leave it the core.
+                (0..8).for_each(|_| std::hint::spin_loop());
                 continue;
             }
             self.own.set_asleep(true);
@@ -291,8 +303,11 @@ impl ShmLane {
             let bytes = lock(&self.out).unsettled.remove(&sequence);
             if let Some(bytes) = bytes {
                 self.load.fetch_sub(bytes, Ordering::Relaxed);
-                node.settle(life, self, sequence, landed);
+                node.settle_quietly(life, self, sequence, landed);
             }
+        }
+        if any {
+            node.wake();
         }
         Ok(any)
     }
@@ -365,21 +380,21 @@ impl ShmLane {
         Ok(())
     }
 
-    /// Lands a write, and answers.
+    /// Lands a write, and answers; returns its bytes. The caller wakes those who wait for it.
     fn receive(
         &self,
         node: &Arc<Node>,
         life: &Arc<Life>,
         incoming: &mut Incoming,
         words: &[u64; JOB_WORDS],
-    ) -> Result<(), Error> {
+    ) -> Result<u64, Error> {
         let announced = Announced::decode(words).ok_or(Error::Rule("a write that cannot be read"))?;
         while !node.wait_until_polled(Duration::from_millis(100)) {
             if self.is_closed() {
-                return Ok(());
+                return Ok(0);
             }
         }
-        let Header { sequence, failed, .. } = announced.header;
+        let Header { sequence, failed, len, .. } = announced.header;
         if let Some(path) = failed {
             node.path_failed(life, path);
         }
@@ -394,15 +409,14 @@ impl ShmLane {
             let source = source.ok_or(Error::Rule("a write from a region that was never given"))?;
             match self.land(node, life, source, &announced)? {
                 Some(landed) => landed,
-                None => return Ok(()),
+                None => return Ok(0),
             }
         };
         if !landed {
             node.count_refused();
         }
         incoming.answers.push(&[sequence << 1 | u64::from(landed)]);
-        self.wake_peer();
-        Ok(())
+        Ok(len)
     }
 
     /// Whether the write landed; None when there is nobody to tell any more.
@@ -437,7 +451,7 @@ impl ShmLane {
         if !*open || !self.peers.lent_until_now() {
             return Ok(None);
         }
-        if !landing.complete(|| node.report_landed(life.peer, immediate, len, window.key)) {
+        if !landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, window.key)) {
             return Ok(Some(false));
         }
         node.count_landed(Path::Shm, len);
