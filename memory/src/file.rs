@@ -33,10 +33,10 @@ impl MemoryFile {
         // SAFETY: the descriptor is new, and nobody else's.
         let file = unsafe { OwnedFd::from_raw_fd(fd) };
         let size = libc::off_t::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
-        // SAFETY: both calls concern this descriptor alone.
-        if unsafe { libc::ftruncate(fd, size) } < 0
-            || unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) } < 0
-        {
+        // SAFETY: the call concerns this descriptor alone.
+        let sized = unsafe { libc::ftruncate(fd, size) };
+        // SAFETY: as above.
+        if sized < 0 || unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, SEALS) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(MemoryFile(file))

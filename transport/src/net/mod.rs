@@ -240,6 +240,12 @@ impl NetTransport {
         self.node.path(peer)
     }
 
+    /// Ends the lanes of a path to a peer, as if they had failed here: for tests of what happens then.
+    #[doc(hidden)]
+    pub fn fail_path(&self, peer: NodeId, path: Path) {
+        self.node.fail_path(peer, path);
+    }
+
     /// Stops without a word to anyone, as a crash would: for tests of those who must notice.
     #[doc(hidden)]
     pub fn vanish(self) {

@@ -186,6 +186,14 @@ impl Node {
         lock(&self.peers).values().filter_map(of).collect()
     }
 
+    pub(super) fn fail_path(&self, peer: NodeId, path: Path) {
+        for life in self.lives().iter().filter(|life| life.peer == peer) {
+            for lane in life.lanes_of(path) {
+                self.lane_failed(life, &*lane, "a test wants it so");
+            }
+        }
+    }
+
     pub(super) fn path(&self, peer: NodeId) -> Option<Path> {
         match &lock(&self.peers).get(&peer)?.state {
             State::Life(life) => life.path(),

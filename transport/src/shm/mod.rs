@@ -32,7 +32,7 @@ const PIECE: usize = 256 << 10;
 /// some hundred KiB.
 const TELL_EVERY: u64 = 1 << 20;
 /// How long to look for more before sleeping. Waking takes a system call and some ten microseconds.
-const SPIN: Duration = Duration::from_micros(20);
+const SPIN: Duration = Duration::from_micros(5);
 /// How often a sleeper looks although nobody woke it.
 const NAP: Duration = Duration::from_secs(1);
 /// Regions that a peer's writes may come from, at most.
