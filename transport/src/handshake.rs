@@ -7,7 +7,7 @@
 //! paths and the answerer's word that the life has begun.
 
 use crate::net::lane::Path;
-use crate::shm;
+use crate::{shm, tls};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tandem_proto::ids::NodeId;
 
@@ -127,14 +127,16 @@ pub(crate) struct Offers {
     /// Whoever makes a lane shows it.
     pub(crate) secret: [u8; 32],
     pub(crate) shm: Option<shm::Offer>,
+    pub(crate) tls: Option<tls::Offer>,
 }
 
 impl Offers {
     fn encode(&self) -> Vec<u8> {
         let mut out = self.secret.to_vec();
-        if let Some(offer) = &self.shm {
-            let bytes = offer.encode();
-            out.push(Path::Shm.code());
+        let shm = self.shm.as_ref().map(|offer| (Path::Shm, offer.encode()));
+        let tls = self.tls.as_ref().map(|offer| (Path::Tls, offer.encode()));
+        for (path, bytes) in [shm, tls].into_iter().flatten() {
+            out.push(path.code());
             out.extend_from_slice(&(bytes.len() as u16).to_le_bytes());
             out.extend_from_slice(&bytes);
         }
@@ -144,12 +146,14 @@ impl Offers {
     /// Offers of paths that are not known here are passed over. None if the bytes are no offers.
     fn decode(bytes: &[u8]) -> Option<Offers> {
         let (secret, mut rest) = bytes.split_first_chunk()?;
-        let mut offers = Offers { secret: *secret, shm: None };
+        let mut offers = Offers { secret: *secret, shm: None, tls: None };
         while let Some((&code, after)) = rest.split_first() {
             let (len, after) = after.split_first_chunk()?;
             let (offer, after) = after.split_at_checked(u16::from_le_bytes(*len).into())?;
-            if code == Path::Shm.code() {
-                offers.shm = Some(shm::Offer::decode(offer)?);
+            match Path::of_code(code) {
+                Some(Path::Shm) => offers.shm = Some(shm::Offer::decode(offer)?),
+                Some(Path::Tls) => offers.tls = Some(tls::Offer::decode(offer)?),
+                Some(Path::Quic) | None => {}
             }
             rest = after;
         }
@@ -302,8 +306,9 @@ mod tests {
     #[test]
     fn offers_survive_the_wire() {
         let shm = shm::Offer { host: [7; 16], name: b"tandem-1".to_vec() };
-        for shm in [None, Some(shm)] {
-            let offers = Offers { secret: [3; 32], shm };
+        let tls = tls::Offer { port: 4711, connections: 3 };
+        for (shm, tls) in [(None, Some(tls)), (Some(shm.clone()), None), (Some(shm), Some(tls))] {
+            let offers = Offers { secret: [3; 32], shm, tls };
             assert_eq!(Offers::decode(&offers.encode()), Some(offers.clone()));
             // Of a later build.
             let more = [offers.encode(), vec![200, 2, 0, 1, 1]].concat();

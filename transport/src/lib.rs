@@ -3,7 +3,7 @@
 //! - [`Transport`] moves KV: straight from memory here into memory that the peer opened for it. Its contract
 //!   is written at the trait, and every backend passes the same test of it (`tests/contract`).
 //! - [`NetTransport`] is the one of real machines. It takes the best [`Path`] that two nodes have: shared memory
-//!   on one host, QUIC between any two.
+//!   on one host, TLS over TCP where the network lets it through, QUIC between any two.
 //! - [`control`] carries messages, as frames of bytes.
 //! - [`Identity`] says who belongs to the cluster: nobody else is talked to, on either plane.
 //! - [`sim`] is the backend of tests: one thread, simulated time, every fault, the same for a seed always.
@@ -23,6 +23,7 @@ mod quic;
 mod rng;
 mod shm;
 pub mod sim;
+mod tls;
 mod transport;
 mod window;
 
@@ -45,6 +46,7 @@ pub fn decode_anything(bytes: &[u8]) {
     handshake::Offers::fuzz(bytes);
     net::fuzz(bytes);
     shm::fuzz(bytes);
+    tls::fuzz(bytes);
     for cut in [1, 7, bytes.len().max(1)] {
         let mut decoder = control::frame::Decoder::new(1 << 16);
         for piece in bytes.chunks(cut) {

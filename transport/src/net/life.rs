@@ -212,8 +212,8 @@ impl Life {
         landed.then_some(write.source.len() as u64)
     }
 
-    /// The lanes of a path, which the peer says has failed.
-    pub(super) fn lanes_of(&self, path: Path) -> Vec<Arc<dyn Lane>> {
+    /// The lanes of a path.
+    pub(crate) fn lanes_of(&self, path: Path) -> Vec<Arc<dyn Lane>> {
         self.state().lanes.iter().filter(|lane| lane.path() == path).cloned().collect()
     }
 

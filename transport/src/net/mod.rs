@@ -1,8 +1,8 @@
 //! The [`Transport`] of real machines: a session with each peer, and the best way for its writes.
 //!
 //! A pair of nodes has one *life* at a time: several QUIC connections, which authenticate, notice the dead and
-//! carry writes between any two hosts ([`crate::quic`]), and beside them a faster *lane* where there is one
-//! ([`crate::shm`]). [`lane`] is the seam. A lane that fails is left, and what it had not delivered goes by
+//! carry writes between any two hosts ([`crate::quic`]), and beside them faster *lanes* where there are some
+//! ([`crate::shm`], [`crate::tls`]). [`lane`] is the seam. A lane that fails is left, and what it had not delivered goes by
 //! QUIC: nothing is lost, nothing lands twice.
 //!
 //! Threads of its own do the work, those of QUIC each with a socket and a single-threaded runtime; the node
@@ -17,8 +17,8 @@ use crate::endpoint::{BindError, Bound, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};
 use crate::identity::Identity;
 use crate::quic::{MAX_STREAMS, STREAMS};
-use crate::shm;
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
+use crate::{shm, tls};
 pub(crate) use header::fuzz;
 use lane::Path;
 use node::{Node, Worker};
@@ -47,7 +47,10 @@ pub struct NetConfig {
     pub threads: usize,
     /// QUIC connections to each peer, spread over the threads of both sides. Each recovers from loss by itself.
     pub connections: usize,
-    /// Writes that are sent at once on each connection. More would only mix their bytes.
+    /// TLS connections to each peer, each with two threads; the smaller number of both sides counts. Further
+    /// ones help where there are cores to spare for them.
+    pub tls_connections: usize,
+    /// Writes that are sent at once on each QUIC connection. More would only mix their bytes.
     pub streams: usize,
     /// Unreported writes to one peer, at most.
     pub write_limit: usize,
@@ -67,6 +70,7 @@ impl Default for NetConfig {
             paths: Path::ALL.to_vec(),
             threads: 1,
             connections: 2,
+            tls_connections: 2,
             streams: 4,
             write_limit: 256,
             event_limit: 65_536,
@@ -158,6 +162,7 @@ impl NetTransport {
         let bounds = [
             ("threads", config.threads, 1..=MAX_PORTS, "from 1 to 16"),
             ("connections", config.connections, 1..=life::MAX_PARTS, "from 1 to 64"),
+            ("tls_connections", config.tls_connections, 1..=tls::MAX_CONNECTIONS, "from 1 to 16"),
             ("streams", config.streams, 1..=MAX_STREAMS as usize, "from 1 to 64"),
             ("write_limit", config.write_limit, 1..=1 << 20, "from 1 to 1048576"),
             ("event_limit", config.event_limit, 1..=1 << 24, "from 1 to 16777216"),
@@ -210,7 +215,19 @@ impl NetTransport {
                 None
             }
         });
-        let node = Arc::new(Node::new(local, config, workers, shm, seed));
+        let tls = config.paths.contains(&Path::Tls).then(|| tls::Listener::new(addr, identity));
+        let tls = tls.and_then(|listener| match listener {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!(%error, %addr, "no TLS with peers");
+                None
+            }
+        });
+        let node = Arc::new(Node::new(local, config, workers, shm, tls, seed));
+        if node.tls().is_some() {
+            let accepting = Arc::clone(&node);
+            node.spawn("tls-accept".into(), move || tls::accept(&accepting)).map_err(BindError::Thread)?;
+        }
         if node.shm().is_some() {
             let accepting = Arc::clone(&node);
             node.spawn("shm-accept".into(), move || shm::accept(&accepting)).map_err(BindError::Thread)?;

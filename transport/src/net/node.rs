@@ -8,9 +8,9 @@ use crate::events::EventQueue;
 use crate::handshake::{CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits};
 use crate::quic::Link;
 use crate::rng::Rng;
-use crate::shm;
 use crate::transport::{Event, FailReason, RegionId, SeverReason, SubmitError, TransportError, Write};
 use crate::window::Windows;
+use crate::{shm, tls};
 use quinn::Connection;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -49,6 +49,8 @@ pub(crate) struct Node {
     polled_too: Condvar,
     /// Takes the shared memory lanes of processes of this host; none if it cannot be had.
     shm: Option<shm::Listener>,
+    /// Takes TLS connections; none if it cannot be had.
+    tls: Option<tls::Listener>,
     /// Threads of lanes, and the one that takes them.
     threads: Mutex<Vec<JoinHandle<()>>>,
     keys: Mutex<Rng>,
@@ -138,6 +140,7 @@ impl Node {
         config: NetConfig,
         workers: Vec<Worker>,
         shm: Option<shm::Listener>,
+        tls: Option<tls::Listener>,
         seed: u64,
     ) -> Node {
         Node {
@@ -150,6 +153,7 @@ impl Node {
             polled: Notify::new(),
             polled_too: Condvar::new(),
             shm,
+            tls,
             threads: Mutex::default(),
             keys: Mutex::new(Rng::new(seed)),
             counters: Counters::default(),
@@ -168,6 +172,9 @@ impl Node {
     /// Ends every life, and waits for the threads that this ends.
     pub(super) fn stop(&self) {
         if let Some(listener) = &self.shm {
+            listener.stop();
+        }
+        if let Some(listener) = &self.tls {
             listener.stop();
         }
         let lives = self.lives();
@@ -471,7 +478,7 @@ impl Node {
             let dialling = worker.runtime.spawn(Arc::clone(&self).dial_part(Arc::clone(&life), part, to));
             dialling.await.map_err(|_| DialError::Stopping)??;
         }
-        let paths = self.make_lanes(&life, &offers).await?;
+        let paths = self.make_lanes(&life, &offers, addr, &ports).await?;
         exchange.begin(&paths).await?;
         if !self.begin(&life, &paths) {
             return Err(DialError::Refused);
@@ -481,13 +488,25 @@ impl Node {
 
     /// Opens the best way that both sides have and that is wanted here. Returns the paths that writes may
     /// take: that way, and QUIC.
-    async fn make_lanes(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers) -> Result<Vec<Path>, DialError> {
+    async fn make_lanes(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        offers: &Offers,
+        addr: SocketAddr,
+        ports: &[u16],
+    ) -> Result<Vec<Path>, DialError> {
         let wanted = |path| self.config.paths.contains(&path);
         let (mut paths, mut why_not) = (Vec::new(), Vec::new());
         if wanted(Path::Shm) {
             match self.make_shm(life, offers).await {
                 Ok(()) => paths.push(Path::Shm),
                 Err(error) => why_not.push(format!("{}: {error}", Path::Shm)),
+            }
+        }
+        if paths.is_empty() && wanted(Path::Tls) {
+            match self.make_tls(life, offers, addr, ports).await {
+                Ok(()) => paths.push(Path::Tls),
+                Err(error) => why_not.push(format!("{}: {error}", Path::Tls)),
             }
         }
         if wanted(Path::Quic) {
@@ -512,6 +531,40 @@ impl Node {
         made.map_err(|_| shm::Error::Gone)?
     }
 
+    /// All of its connections, or none that count.
+    async fn make_tls(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        offers: &Offers,
+        addr: SocketAddr,
+        ports: &[u16],
+    ) -> Result<(), tls::TlsError> {
+        let offer = offers.tls.ok_or(tls::TlsError::NotOffered)?;
+        if self.tls.is_none() {
+            return Err(tls::TlsError::NotHere);
+        }
+        // The address that was given may be mapped; the first socket's port is reached as given.
+        let port = if ports.first() == Some(&offer.port) { addr.port() } else { offer.port };
+        let addr = SocketAddr::new(addr.ip(), port);
+        let dialling: Vec<_> = (0..self.config.tls_connections.min(offer.connections.into()))
+            .map(|_| {
+                let (node, life) = (Arc::clone(self), Arc::clone(life));
+                // It has a deadline of its own, but on a thread that may wait.
+                tokio::task::spawn_blocking(move || tls::dial(&node, &life, addr))
+            })
+            .collect();
+        let mut made = Ok(());
+        for dialled in dialling {
+            made = made.and(dialled.await.unwrap_or(Err(tls::TlsError::Closed)));
+        }
+        if made.is_err() {
+            for lane in life.lanes_of(Path::Tls) {
+                lane.close("another of its connections did not come about");
+            }
+        }
+        made
+    }
+
     /// The life that a lane on its way belongs to, as `secret` proves.
     pub(crate) fn life_of_lane(&self, peer: NodeId, number: u64, secret: &[u8; 32]) -> Option<Arc<Life>> {
         match lock(&self.peers).get(&peer) {
@@ -526,6 +579,10 @@ impl Node {
 
     pub(crate) fn local(&self) -> NodeId {
         self.local
+    }
+
+    pub(crate) fn tls(&self) -> Option<&tls::Listener> {
+        self.tls.as_ref()
     }
 
     pub(crate) fn shm(&self) -> Option<&shm::Listener> {
@@ -654,7 +711,9 @@ impl Node {
         if part == 0 {
             let wanted = |path| self.config.paths.contains(&path);
             let shm = self.shm.as_ref().filter(|_| wanted(Path::Shm)).map(|listener| listener.offer());
-            exchange.offer(&Offers { secret: life.secret, shm }).await?;
+            let tls = self.tls.as_ref().filter(|_| wanted(Path::Tls));
+            let tls = tls.map(|listener| listener.offer(self.config.tls_connections));
+            exchange.offer(&Offers { secret: life.secret, shm, tls }).await?;
             let paths = exchange.beginning().await?;
             if !paths.iter().copied().all(wanted) || !self.begin(&life, &paths) {
                 let reason = "it wants paths that are not to be had here";

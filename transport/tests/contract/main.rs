@@ -11,4 +11,6 @@ contract!(quic_single, crate::net::Quic);
 contract!(quic_threaded, crate::net::QuicThreaded);
 contract!(quic_small_packets, crate::net::QuicSmallPackets);
 contract!(shm, crate::net::Shm);
+contract!(tls, crate::net::Tls);
+contract!(tls_many, crate::net::TlsMany);
 contract!(best, crate::net::Best);

@@ -12,6 +12,8 @@ pub(crate) type Quic = Loopback<QuicAlone>;
 pub(crate) type QuicThreaded = Loopback<ThreeThreads>;
 pub(crate) type QuicSmallPackets = Loopback<Ethernet>;
 pub(crate) type Shm = Loopback<ShmAlone>;
+pub(crate) type Tls = Loopback<TlsAlone>;
+pub(crate) type TlsMany = Loopback<TlsThenQuic>;
 pub(crate) type Best = Loopback<Defaults>;
 
 pub(crate) trait Shape {
@@ -37,6 +39,20 @@ pub(crate) struct ShmAlone;
 impl Shape for ShmAlone {
     fn config() -> NetConfig {
         NetConfig { paths: vec![Path::Shm], ..NetConfig::default() }
+    }
+}
+
+pub(crate) struct TlsAlone;
+impl Shape for TlsAlone {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::Tls], tls_connections: 1, ..NetConfig::default() }
+    }
+}
+
+pub(crate) struct TlsThenQuic;
+impl Shape for TlsThenQuic {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::Tls, Path::Quic], tls_connections: 4, ..NetConfig::default() }
     }
 }
 

@@ -1,0 +1,386 @@
+//! TLS between two nodes whose network does not mean well: every TCP byte between them goes through a relay.
+
+use std::collections::BTreeMap;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+use tandem_memory::HostRegion;
+use tandem_proto::ids::NodeId;
+use tandem_transport::{
+    Event, Identity, NetConfig, NetTransport, Path, RegionId, SeverReason, Transport, Window, Write,
+};
+
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+const REGION: usize = 16 << 20;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What the relay does to TCP.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mood {
+    /// Flips a bit after so many bytes of one direction, once.
+    Garbles(u64),
+    /// Ends a connection after so many bytes of one direction, once.
+    Cuts(u64),
+    /// Lets nobody through.
+    Refuses,
+}
+
+/// One port for UDP and TCP, that leads to a node.
+struct Relay {
+    addr: SocketAddr,
+    stop: Arc<AtomicBool>,
+}
+
+impl Relay {
+    fn new(to: SocketAddr, mood: Mood) -> Relay {
+        let (udp, tcp) = loop {
+            let udp = UdpSocket::bind(LOOPBACK).unwrap();
+            if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()) {
+                break (udp, tcp);
+            }
+        };
+        let relay = Relay { addr: udp.local_addr().unwrap(), stop: Arc::default() };
+        relay_datagrams(udp, to, Arc::clone(&relay.stop));
+        if mood == Mood::Refuses {
+            return relay;
+        }
+        let armed = Arc::new(AtomicBool::new(true));
+        thread::spawn(move || {
+            for from in tcp.incoming().flatten() {
+                let Ok(to) = TcpStream::connect(to) else { continue };
+                for (source, sink) in [(&from, &to), (&to, &from)] {
+                    let (source, sink) = (source.try_clone().unwrap(), sink.try_clone().unwrap());
+                    let armed = Arc::clone(&armed);
+                    thread::spawn(move || relay_stream(source, sink, mood, &armed));
+                }
+            }
+        });
+        relay
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn relay_datagrams(socket: UdpSocket, to: SocketAddr, stop: Arc<AtomicBool>) {
+    let socket = Arc::new(socket);
+    thread::spawn(move || {
+        let mut onward: BTreeMap<SocketAddr, Arc<UdpSocket>> = BTreeMap::new();
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let mut bytes = vec![0; 1 << 16];
+        while !stop.load(Ordering::Relaxed) {
+            let Ok((len, from)) = socket.recv_from(&mut bytes) else { continue };
+            let next = onward.entry(from).or_insert_with(|| {
+                let next = Arc::new(UdpSocket::bind(LOOPBACK).unwrap());
+                next.connect(to).unwrap();
+                next.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+                let (back, front, stop) = (Arc::clone(&next), Arc::clone(&socket), Arc::clone(&stop));
+                thread::spawn(move || {
+                    let mut bytes = vec![0; 1 << 16];
+                    while !stop.load(Ordering::Relaxed) {
+                        if let Ok(len) = back.recv(&mut bytes) {
+                            let _ = front.send_to(&bytes[..len], from);
+                        }
+                    }
+                });
+                next
+            });
+            let _ = next.send(&bytes[..len]);
+        }
+    });
+}
+
+fn relay_stream(mut source: TcpStream, mut sink: TcpStream, mood: Mood, armed: &AtomicBool) {
+    let mut bytes = vec![0; 1 << 14];
+    let mut passed = 0;
+    while let Ok(len @ 1..) = source.read(&mut bytes) {
+        let due =
+            |at: u64| (passed..passed + len as u64).contains(&at) && armed.swap(false, Ordering::Relaxed);
+        match mood {
+            Mood::Garbles(at) if due(at) => bytes[(at - passed) as usize] ^= 4,
+            Mood::Cuts(at) if due(at) => break,
+            _ => {}
+        }
+        passed += len as u64;
+        if sink.write_all(&bytes[..len]).is_err() {
+            break;
+        }
+    }
+    let _ = source.shutdown(Shutdown::Both);
+    let _ = sink.shutdown(Shutdown::Both);
+}
+
+struct Node {
+    transport: NetTransport,
+    region: (RegionId, Arc<HostRegion>),
+    events: Vec<Event>,
+}
+
+fn identity() -> Identity {
+    static DIRS: AtomicU64 = AtomicU64::new(0);
+    let number = DIRS.fetch_add(1, Ordering::Relaxed);
+    let dir = std::env::temp_dir().join(format!("tandem-tls-net-{}-{number}", std::process::id()));
+    let identity = Identity::load_or_create(&dir).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    identity
+}
+
+fn nodes(paths: &[Path]) -> [Node; 2] {
+    let identity = identity();
+    [1, 2].map(|id| {
+        let config = NetConfig { paths: paths.to_vec(), ..NetConfig::default() };
+        let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(id), config).unwrap();
+        let region = HostRegion::map(REGION).unwrap();
+        let registered = transport.register(Arc::clone(&region)).unwrap();
+        Node { transport, region: (registered, region), events: Vec::new() }
+    })
+}
+
+/// Polls both nodes until `done`.
+#[track_caller]
+fn until(nodes: &mut [Node; 2], mut done: impl FnMut(&mut [Node; 2]) -> bool) {
+    let since = Instant::now();
+    loop {
+        for node in nodes.iter_mut() {
+            node.transport.poll(&mut node.events);
+        }
+        if done(nodes) {
+            return;
+        }
+        assert!(since.elapsed() < PATIENCE, "{:?} and {:?}", nodes[0].events, nodes[1].events);
+        thread::sleep(Duration::from_micros(300));
+    }
+}
+
+fn connect(nodes: &mut [Node; 2], addr: SocketAddr) {
+    nodes[0].transport.connect(NodeId(2), addr);
+    until(nodes, |nodes| {
+        nodes.iter().all(|node| node.events.iter().any(|event| matches!(event, Event::Connected { .. })))
+    });
+    nodes.iter_mut().for_each(|node| node.events.clear());
+}
+
+/// splitmix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, bound: usize) -> usize {
+        (self.next() % bound as u64) as usize
+    }
+
+    /// Lengths around every place where the lane cuts, and any.
+    fn len(&mut self) -> usize {
+        let edges = [0, 1, 64, 4096, 1 << 14, (1 << 14) + 64, (1 << 14) + 4096, 2 << 14, 5 << 14, 1 << 20];
+        match self.below(3) {
+            0 => self.below(1 << 20),
+            _ => (edges[self.below(edges.len())] + self.below(5)).saturating_sub(2),
+        }
+    }
+}
+
+fn fill(region: &Arc<HostRegion>, seed: u64) {
+    let (mut random, all) = (Random(seed), region.extent(0..REGION).unwrap());
+    // SAFETY: nothing is under way.
+    let bytes = unsafe { all.bytes_mut() };
+    bytes.chunks_mut(8).for_each(|chunk| chunk.copy_from_slice(&random.next().to_le_bytes()[..chunk.len()]));
+}
+
+fn copy_of(region: &Arc<HostRegion>) -> Vec<u8> {
+    let all = region.extent(0..REGION).unwrap();
+    // SAFETY: nothing is under way.
+    unsafe { all.bytes() }.to_vec()
+}
+
+/// Writes of node 0, each into a window of its own that touches its neighbours, in the second half of node 1's
+/// region; some windows are closed before, some while they are written. Every byte of every write that was
+/// reported is right, and no other byte changed.
+fn transfer(nodes: &mut [Node; 2], writes: usize, random: &mut Random) {
+    fill(&nodes[0].region.1, random.next());
+    fill(&nodes[1].region.1, random.next());
+    let (from, before) = (copy_of(&nodes[0].region.1), copy_of(&nodes[1].region.1));
+    let mut plans: Vec<(Window, usize, usize, bool)> = Vec::new();
+    let mut at = random.below(5);
+    for ticket in 0..writes {
+        let len = random.len().min(REGION - at.min(REGION));
+        let (region, source) = (nodes[1].region.0, random.below(REGION - len));
+        let window = nodes[1].transport.open_window(NodeId(1), region, at..at + len).unwrap();
+        at = (at + len + random.below(2)).min(REGION);
+        let closing = random.below(8) == 0;
+        if closing && random.below(2) == 0 {
+            nodes[1].transport.close_window(window);
+        }
+        let extent = nodes[0].region.1.extent(source..source + len).unwrap();
+        let write =
+            Write { ticket: ticket as u64, source: extent, window, offset: 0, immediate: ticket as u32 };
+        nodes[0].transport.submit(NodeId(2), write).unwrap();
+        plans.push((window, source, len, closing));
+    }
+    for (window, _, _, closing) in &plans {
+        if *closing {
+            nodes[1].transport.close_window(*window);
+        }
+    }
+    let mut fates = BTreeMap::new();
+    let mut landed = Vec::new();
+    until(nodes, |nodes| {
+        for event in nodes[0].events.drain(..) {
+            match event {
+                Event::Sent { ticket, .. } => assert_eq!(fates.insert(ticket, true), None),
+                Event::Failed { ticket, .. } => assert_eq!(fates.insert(ticket, false), None),
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        for event in nodes[1].events.drain(..) {
+            match event {
+                Event::Landed { immediate, .. } => landed.push(immediate),
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        fates.len() == writes
+    });
+    let after = copy_of(&nodes[1].region.1);
+    let mut expected = before;
+    for (ticket, (window, source, len, closing)) in plans.iter().enumerate() {
+        let place = window.offset as usize..window.offset as usize + len;
+        let sent = fates[&(ticket as u64)];
+        if sent {
+            expected[place].copy_from_slice(&from[*source..source + len]);
+        } else {
+            assert!(closing, "write {ticket} of {len} bytes failed");
+            // Some of it may have landed.
+            expected[place.clone()].copy_from_slice(&after[place]);
+        }
+        let reports = landed.iter().filter(|immediate| **immediate == ticket as u32).count();
+        assert!(if *closing { reports <= 1 } else { reports == 1 }, "write {ticket} landed {reports} times");
+        nodes[1].transport.close_window(*window);
+    }
+    let wrong = expected.iter().zip(&after).position(|(expected, got)| expected != got);
+    assert_eq!(wrong, None, "a byte is wrong");
+}
+
+fn metrics(node: &Node, path: Path) -> tandem_transport::PathMetrics {
+    *node.transport.metrics().paths.iter().find(|metrics| metrics.path == path).unwrap()
+}
+
+fn seed() -> u64 {
+    let seed = std::env::var("TANDEM_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| std::time::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64);
+    println!("TANDEM_SEED={seed}");
+    seed
+}
+
+#[test]
+fn every_byte_lands_in_its_place_and_no_other() {
+    let mut random = Random(seed());
+    let mut nodes = nodes(&[Path::Tls]);
+    let addr = nodes[1].transport.local_addr();
+    connect(&mut nodes, addr);
+    for _ in 0..30 {
+        transfer(&mut nodes, 30, &mut random);
+    }
+    assert_eq!(metrics(&nodes[0], Path::Tls).failed, 0);
+}
+
+/// Whatever happens to TCP under way, QUIC delivers what is left, and nothing lands twice.
+#[test]
+fn what_tcp_loses_goes_by_quic() {
+    let mut random = Random(seed());
+    for round in 0..20 {
+        let at = 3000 + random.next() % (4 << 20);
+        let mood = if round % 2 == 0 { Mood::Garbles(at) } else { Mood::Cuts(at) };
+        let mut nodes = nodes(&[Path::Tls, Path::Quic]);
+        let relay = Relay::new(nodes[1].transport.local_addr(), mood);
+        connect(&mut nodes, relay.addr);
+        assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Tls));
+        for _ in 0..3 {
+            transfer(&mut nodes, 30, &mut random);
+        }
+        until(&mut nodes, |nodes| nodes.iter().all(|node| metrics(node, Path::Tls).failed == 2));
+        assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Quic));
+    }
+}
+
+#[test]
+fn where_tcp_is_not_let_through_quic_is_taken() {
+    let mut nodes = nodes(&[Path::Tls, Path::Quic]);
+    let relay = Relay::new(nodes[1].transport.local_addr(), Mood::Refuses);
+    connect(&mut nodes, relay.addr);
+    assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Quic));
+    transfer(&mut nodes, 30, &mut Random(1));
+
+    let mut nodes = self::nodes(&[Path::Tls]);
+    let relay = Relay::new(nodes[1].transport.local_addr(), Mood::Refuses);
+    nodes[0].transport.connect(NodeId(2), relay.addr);
+    until(&mut nodes, |nodes| !nodes[0].events.is_empty());
+    match &nodes[0].events[..] {
+        [Event::Severed { reason: SeverReason::Unreachable(reason), .. }] => {
+            assert!(reason.contains("cannot connect to TCP"), "{reason}");
+        }
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+/// Anyone can reach the port: what they send harms nobody, and nothing of it stays.
+#[test]
+fn strangers_are_shown_out() {
+    let mut random = Random(seed());
+    let mut nodes = nodes(&[Path::Tls]);
+    let addr = nodes[1].transport.local_addr();
+    let silent: Vec<_> = (0..20).map(|_| TcpStream::connect(addr).unwrap()).collect();
+    let shown_out = Mutex::new(0);
+    thread::scope(|scope| {
+        for _ in 0..20 {
+            let mut bytes = vec![0; random.below(1 << 16)];
+            bytes.iter_mut().for_each(|byte| *byte = random.next() as u8);
+            if random.below(2) == 0 && bytes.len() > 5 {
+                // As a handshake begins.
+                bytes[..3].copy_from_slice(&[22, 3, 1]);
+                bytes[3] &= 0x3f;
+            }
+            let shown_out = &shown_out;
+            scope.spawn(move || {
+                let mut stranger = TcpStream::connect(addr).unwrap();
+                let _ = stranger.write_all(&bytes);
+                let _ = stranger.shutdown(Shutdown::Write);
+                stranger.set_read_timeout(Some(PATIENCE)).unwrap();
+                let mut answer = Vec::new();
+                // Reset or ended, but not left waiting.
+                let _ = stranger.read_to_end(&mut answer);
+                *shown_out.lock().unwrap() += 1;
+            });
+        }
+    });
+    assert_eq!(*shown_out.lock().unwrap(), 20);
+    connect(&mut nodes, addr);
+    transfer(&mut nodes, 30, &mut random);
+    drop(silent);
+    // Two connections each way are the lane's.
+    until(&mut nodes, |_| connections(addr.port()) == 2);
+    nodes[0].transport.sever(NodeId(2));
+    until(&mut nodes, |_| connections(addr.port()) == 0);
+}
+
+/// TCP connections that a socket of this machine holds at this port, listeners aside.
+fn connections(port: u16) -> usize {
+    let table = std::fs::read_to_string("/proc/self/net/tcp").unwrap();
+    let held = |line: &&str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        // Established, or ended by the other side alone.
+        words[1].ends_with(&format!(":{port:04X}")) && ["01", "08"].contains(&words[3])
+    };
+    table.lines().skip(1).filter(held).count()
+}
