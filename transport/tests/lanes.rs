@@ -106,14 +106,23 @@ fn mappings() -> usize {
 }
 
 #[test]
-fn a_lane_that_fails_loses_and_repeats_nothing() {
+fn shared_memory_that_fails_loses_and_repeats_nothing() {
+    fails_without_loss(Path::Shm);
+}
+
+#[test]
+fn tls_that_fails_loses_and_repeats_nothing() {
+    fails_without_loss(Path::Tls);
+}
+
+fn fails_without_loss(path: Path) {
     let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
     let identity = identity();
     let mut repeated = 0;
     for round in 0..200 {
         let mut rng = round as u64 + 1;
-        let mut nodes = pair(&identity, &Path::ALL);
-        assert_eq!(nodes[0].transport.path(id(1)), Some(Path::Shm));
+        let mut nodes = pair(&identity, &[path, Path::Quic]);
+        assert_eq!(nodes[0].transport.path(id(1)), Some(path));
         for (at, to) in bytes(&nodes[0].memory).iter_mut().enumerate() {
             *to = byte(round, at);
         }
@@ -128,7 +137,7 @@ fn a_lane_that_fails_loses_and_repeats_nothing() {
             }
         }
         let failing = random(&mut rng, 2);
-        nodes[failing].transport.fail_path(id(1 - failing), Path::Shm);
+        nodes[failing].transport.fail_path(id(1 - failing), path);
         for ticket in writes.keys() {
             wait(&mut nodes, 0, |e| matches!(e, Event::Sent { ticket: t, .. } if t == ticket));
         }
@@ -163,7 +172,7 @@ fn the_end_of_a_process_leaves_nothing_behind() {
     let identity = identity();
     drop(pair(&identity, &Path::ALL));
     let before = (open_files(), mappings());
-    for paths in [&[Path::Shm][..], &Path::ALL[..]] {
+    for paths in [&[Path::Shm][..], &[Path::Tls], &Path::ALL] {
         for round in 0..50 {
             let mut rng = round as u64 + 77;
             let mut nodes = pair(&identity, paths);

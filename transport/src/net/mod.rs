@@ -2,8 +2,8 @@
 //!
 //! A pair of nodes has one *life* at a time: several QUIC connections, which authenticate, notice the dead and
 //! carry writes between any two hosts ([`crate::quic`]), and beside them faster *lanes* where there are some
-//! ([`crate::shm`], [`crate::tls`]). [`lane`] is the seam. A lane that fails is left, and what it had not delivered goes by
-//! QUIC: nothing is lost, nothing lands twice.
+//! ([`crate::shm`], [`crate::tls`]). [`lane`] is the seam. A lane that fails is left, and what it had not
+//! delivered goes by QUIC: nothing is lost, nothing lands twice.
 //!
 //! Threads of its own do the work, those of QUIC each with a socket and a single-threaded runtime; the node
 //! loop only touches queues.
