@@ -30,7 +30,7 @@ const VERSION: u16 = 1;
 const PIECE: usize = 256 << 10;
 /// Bytes that land before the peer and the node loop are told, if more is waiting: waking costs as much as copying
 /// some hundred KiB.
-const TELL_EVERY: u64 = 1 << 20;
+const TELL_EVERY: u64 = 2 << 20;
 /// How long to look for more before sleeping. Waking takes a system call and some ten microseconds.
 const SPIN: Duration = Duration::from_micros(5);
 /// How often a sleeper looks although nobody woke it.
