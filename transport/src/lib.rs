@@ -20,6 +20,8 @@ mod identity;
 mod lent;
 mod net;
 mod quic;
+#[cfg(feature = "rdma")]
+mod rdma;
 mod rng;
 mod shm;
 pub mod sim;

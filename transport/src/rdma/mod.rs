@@ -1,0 +1,2 @@
+//! Lanes over RDMA verbs.
+pub(crate) mod verbs;
