@@ -104,13 +104,6 @@ impl HostRegion {
         self.len
     }
 
-    /// Where the region begins. What may be done with the pointer, and when, is for whoever dereferences it
-    /// to know.
-    #[must_use]
-    pub fn base(&self) -> *mut u8 {
-        self.base
-    }
-
     /// Never true: a region has at least one byte.
     #[must_use]
     pub fn is_empty(&self) -> bool {

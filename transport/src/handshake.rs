@@ -128,6 +128,8 @@ pub(crate) struct Offers {
     pub(crate) secret: [u8; 32],
     pub(crate) shm: Option<shm::Offer>,
     pub(crate) tls: Option<tls::Offer>,
+    /// Queue pairs, as `rdma::Offer` encodes them. The dialler answers with its own, or nothing.
+    pub(crate) rdma: Option<Vec<u8>>,
 }
 
 impl Offers {
@@ -135,7 +137,8 @@ impl Offers {
         let mut out = self.secret.to_vec();
         let shm = self.shm.as_ref().map(|offer| (Path::Shm, offer.encode()));
         let tls = self.tls.as_ref().map(|offer| (Path::Tls, offer.encode()));
-        for (path, bytes) in [shm, tls].into_iter().flatten() {
+        let rdma = self.rdma.as_ref().map(|offer| (Path::Rdma, offer.clone()));
+        for (path, bytes) in [shm, tls, rdma].into_iter().flatten() {
             out.push(path.code());
             out.extend_from_slice(&(bytes.len() as u16).to_le_bytes());
             out.extend_from_slice(&bytes);
@@ -146,13 +149,14 @@ impl Offers {
     /// Offers of paths that are not known here are passed over. None if the bytes are no offers.
     fn decode(bytes: &[u8]) -> Option<Offers> {
         let (secret, mut rest) = bytes.split_first_chunk()?;
-        let mut offers = Offers { secret: *secret, shm: None, tls: None };
+        let mut offers = Offers { secret: *secret, shm: None, tls: None, rdma: None };
         while let Some((&code, after)) = rest.split_first() {
             let (len, after) = after.split_first_chunk()?;
             let (offer, after) = after.split_at_checked(u16::from_le_bytes(*len).into())?;
             match Path::of_code(code) {
                 Some(Path::Shm) => offers.shm = Some(shm::Offer::decode(offer)?),
                 Some(Path::Tls) => offers.tls = Some(tls::Offer::decode(offer)?),
+                Some(Path::Rdma) => offers.rdma = Some(offer.to_vec()),
                 Some(Path::Quic) | None => {}
             }
             rest = after;
@@ -223,6 +227,25 @@ impl Exchange {
         let mut bytes = vec![0; len];
         self.recv.read_exact(&mut bytes).await?;
         Offers::decode(&bytes).ok_or(HandshakeError::Offers)
+    }
+
+    /// The dialler's queue pairs, if any were offered: nothing if it wants none.
+    pub(crate) async fn answer_rdma(&mut self, answer: &[u8]) -> Result<(), HandshakeError> {
+        self.send.write_all(&(answer.len() as u16).to_le_bytes()).await?;
+        Ok(self.send.write_all(answer).await?)
+    }
+
+    #[cfg(feature = "rdma")]
+    pub(crate) async fn rdma_answer(&mut self) -> Result<Vec<u8>, HandshakeError> {
+        let mut len = [0; 2];
+        self.recv.read_exact(&mut len).await?;
+        let len = usize::from(u16::from_le_bytes(len));
+        if len > MAX_OFFERS {
+            return Err(HandshakeError::Offers);
+        }
+        let mut bytes = vec![0; len];
+        self.recv.read_exact(&mut bytes).await?;
+        Ok(bytes)
     }
 
     /// The dialler's choice, answered when the answerer has begun.
@@ -307,8 +330,14 @@ mod tests {
     fn offers_survive_the_wire() {
         let shm = shm::Offer { host: [7; 16], name: b"tandem-1".to_vec() };
         let tls = tls::Offer { port: 4711, connections: 3 };
-        for (shm, tls) in [(None, Some(tls)), (Some(shm.clone()), None), (Some(shm), Some(tls))] {
-            let offers = Offers { secret: [3; 32], shm, tls };
+        let rdma = vec![1, 2, 3];
+        let all = [
+            (None, Some(tls), None),
+            (Some(shm.clone()), None, Some(rdma.clone())),
+            (Some(shm), Some(tls), Some(rdma)),
+        ];
+        for (shm, tls, rdma) in all {
+            let offers = Offers { secret: [3; 32], shm, tls, rdma };
             assert_eq!(Offers::decode(&offers.encode()), Some(offers.clone()));
             // Of a later build.
             let more = [offers.encode(), vec![200, 2, 0, 1, 1]].concat();

@@ -49,6 +49,8 @@ pub fn decode_anything(bytes: &[u8]) {
     net::fuzz(bytes);
     shm::fuzz(bytes);
     tls::fuzz(bytes);
+    #[cfg(feature = "rdma")]
+    rdma::fuzz(bytes);
     for cut in [1, 7, bytes.len().max(1)] {
         let mut decoder = control::frame::Decoder::new(1 << 16);
         for piece in bytes.chunks(cut) {

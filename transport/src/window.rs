@@ -3,7 +3,7 @@
 use crate::transport::{RegionId, TransportError};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
@@ -24,6 +24,12 @@ struct Table {
     by_place: BTreeMap<(u32, u64), (u64, u64)>,
 }
 
+/// Whoever lets a device write a window by itself. It is told when the window closes, before that returns, and
+/// takes the device's right back.
+pub(crate) trait Keeper: Send + Sync {
+    fn window_closed(&self, key: u64);
+}
+
 /// One open window, held by whoever is landing bytes through it.
 pub(crate) struct Landing {
     peer: NodeId,
@@ -31,6 +37,8 @@ pub(crate) struct Landing {
     extent: Extent,
     /// Held while a piece is copied, so that closing waits for the copy in progress and for no more.
     open: Mutex<bool>,
+    /// Set while the window is open. A window is one peer's, and a peer has at most one keeper in its life.
+    keeper: OnceLock<Weak<dyn Keeper>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -73,7 +81,10 @@ impl Windows {
             }
         };
         let window = Window { region: region.0, key, offset: start, len: end - start };
-        table.by_key.insert(key, Arc::new(Landing { peer, window, extent, open: Mutex::new(true) }));
+        table.by_key.insert(
+            key,
+            Arc::new(Landing { peer, window, extent, open: Mutex::new(true), keeper: OnceLock::new() }),
+        );
         if start < end {
             table.by_place.insert((region.0, start), (end, key));
         }
@@ -93,6 +104,10 @@ impl Windows {
             landing
         };
         *lock(&landing.open) = false;
+        // Without a lock: it may wait for the device.
+        if let Some(keeper) = landing.keeper.get().and_then(Weak::upgrade) {
+            keeper.window_closed(key);
+        }
     }
 
     /// Closes every window of a peer.
@@ -116,6 +131,23 @@ impl Windows {
 impl Landing {
     pub(crate) fn key(&self) -> u64 {
         self.window.key
+    }
+
+    /// Where the window's bytes are.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
+    pub(crate) fn extent(&self) -> &Extent {
+        &self.extent
+    }
+
+    /// Names who is to be told when the window closes; false if it is closed.
+    #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
+    #[must_use]
+    pub(crate) fn keep(&self, keeper: Weak<dyn Keeper>) -> bool {
+        let open = lock(&self.open);
+        if *open {
+            let _ = self.keeper.set(keeper);
+        }
+        *open
     }
 
     /// Copies a piece to its place, unless the window has been closed or the piece leaves it.

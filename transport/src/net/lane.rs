@@ -11,6 +11,8 @@ use std::sync::Arc;
 pub enum Path {
     /// Shared memory of one host: one copy.
     Shm,
+    /// RDMA verbs, over InfiniBand or RoCE: no copy, not encrypted. Needs a build with feature `rdma`.
+    Rdma,
     /// TLS 1.3 over TCP: encrypted too, for a fraction of what QUIC costs a processor. For a LAN.
     Tls,
     /// QUIC over UDP: encrypted, between any two hosts. Always there: it carries the session too.
@@ -19,7 +21,7 @@ pub enum Path {
 
 impl Path {
     /// All, best first.
-    pub const ALL: [Path; 3] = [Path::Shm, Path::Tls, Path::Quic];
+    pub const ALL: [Path; 4] = [Path::Shm, Path::Rdma, Path::Tls, Path::Quic];
 
     /// As it is called in options, logs and metrics.
     #[must_use]
@@ -27,6 +29,7 @@ impl Path {
         match self {
             Path::Shm => "shm",
             Path::Tls => "tls",
+            Path::Rdma => "rdma",
             Path::Quic => "quic",
         }
     }
@@ -36,6 +39,7 @@ impl Path {
         match self {
             Path::Shm => 1,
             Path::Tls => 3,
+            Path::Rdma => 2,
             Path::Quic => 4,
         }
     }

@@ -52,6 +52,8 @@ pub struct NetConfig {
     pub tls_connections: usize,
     /// Writes that are sent at once on each QUIC connection. More would only mix their bytes.
     pub streams: usize,
+    /// RDMA devices to use, by name; all that there are if empty.
+    pub rdma_devices: Vec<String>,
     /// Unreported writes to one peer, at most.
     pub write_limit: usize,
     /// Events that the node loop has not polled, at most: when there are more, peers are kept waiting.
@@ -72,6 +74,7 @@ impl Default for NetConfig {
             connections: 2,
             tls_connections: 2,
             streams: 4,
+            rdma_devices: Vec::new(),
             write_limit: 256,
             event_limit: 65_536,
             connect_timeout: Duration::from_secs(3),
@@ -289,7 +292,7 @@ impl Drop for NetTransport {
 
 impl Transport for NetTransport {
     fn register(&mut self, region: Arc<HostRegion>) -> Result<RegionId, TransportError> {
-        self.node.windows.register(region)
+        self.node.register(region)
     }
 
     fn open_window(

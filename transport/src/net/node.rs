@@ -7,6 +7,8 @@ use crate::endpoint::Bound;
 use crate::events::EventQueue;
 use crate::handshake::{CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits};
 use crate::quic::Link;
+#[cfg(feature = "rdma")]
+use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
 use crate::rng::Rng;
 use crate::transport::{Event, FailReason, RegionId, SeverReason, SubmitError, TransportError, Write};
 use crate::window::Windows;
@@ -20,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::thread::JoinHandle;
 use std::time::Duration;
+use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
 use tokio::runtime::Handle;
@@ -51,6 +54,9 @@ pub(crate) struct Node {
     shm: Option<shm::Listener>,
     /// Takes TLS connections; none if it cannot be had.
     tls: Option<tls::Listener>,
+    /// The RDMA devices of this host; none if there are none.
+    #[cfg(feature = "rdma")]
+    rdma: Option<Arc<Rdma>>,
     /// Threads of lanes, and the one that takes them.
     threads: Mutex<Vec<JoinHandle<()>>>,
     keys: Mutex<Rng>,
@@ -134,6 +140,29 @@ enum DialError {
     Stopping,
 }
 
+/// Makes queue pairs, or waits for what they say, on a thread that may wait.
+#[cfg(feature = "rdma")]
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err("the transport is stopping".into()))
+}
+
+/// The devices that are wanted, if there are any. Says which, or why there are none.
+#[cfg(feature = "rdma")]
+fn rdma_devices(config: &NetConfig) -> Option<Arc<Rdma>> {
+    if !config.paths.contains(&Path::Rdma) {
+        return None;
+    }
+    match Rdma::open(RdmaConfig { devices: config.rdma_devices.clone(), ..RdmaConfig::default() }) {
+        Ok(rdma) => Some(Arc::new(rdma)),
+        Err(error) => {
+            tracing::info!(%error, "no RDMA");
+            None
+        }
+    }
+}
+
 impl Node {
     pub(super) fn new(
         local: NodeId,
@@ -145,7 +174,6 @@ impl Node {
     ) -> Node {
         Node {
             local,
-            config,
             windows: Windows::default(),
             workers,
             peers: Mutex::default(),
@@ -154,6 +182,9 @@ impl Node {
             polled_too: Condvar::new(),
             shm,
             tls,
+            #[cfg(feature = "rdma")]
+            rdma: rdma_devices(&config),
+            config,
             threads: Mutex::default(),
             keys: Mutex::new(Rng::new(seed)),
             counters: Counters::default(),
@@ -206,6 +237,23 @@ impl Node {
             State::Life(life) => life.path(),
             _ => None,
         }
+    }
+
+    pub(super) fn register(&self, region: Arc<HostRegion>) -> Result<RegionId, TransportError> {
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = self.rdma.clone() {
+            // Ahead of its first use, which would wait for it.
+            let region = Arc::clone(&region);
+            let register = move || {
+                if let Err(error) = rdma.register(&region) {
+                    tracing::warn!(%error, "memory is not for RDMA: writes to it take another path");
+                }
+            };
+            if let Err(error) = self.spawn("rdma-register".into(), register) {
+                tracing::warn!(%error, "memory is registered with RDMA devices when it is used first");
+            }
+        }
+        self.windows.register(region)
     }
 
     pub(super) fn open_window(
@@ -478,7 +526,7 @@ impl Node {
             let dialling = worker.runtime.spawn(Arc::clone(&self).dial_part(Arc::clone(&life), part, to));
             dialling.await.map_err(|_| DialError::Stopping)??;
         }
-        let paths = self.make_lanes(&life, &offers, addr, &ports).await?;
+        let paths = self.make_lanes(&life, &offers, addr, &ports, &mut exchange).await?;
         exchange.begin(&paths).await?;
         if !self.begin(&life, &paths) {
             return Err(DialError::Refused);
@@ -494,6 +542,7 @@ impl Node {
         offers: &Offers,
         addr: SocketAddr,
         ports: &[u16],
+        exchange: &mut Exchange,
     ) -> Result<Vec<Path>, DialError> {
         let wanted = |path| self.config.paths.contains(&path);
         let (mut paths, mut why_not) = (Vec::new(), Vec::new());
@@ -502,6 +551,15 @@ impl Node {
                 Ok(()) => paths.push(Path::Shm),
                 Err(error) => why_not.push(format!("{}: {error}", Path::Shm)),
             }
+        }
+        let rdma_offer = offers.rdma.as_deref();
+        if paths.is_empty() && wanted(Path::Rdma) {
+            match self.make_rdma(life, rdma_offer, exchange).await? {
+                Ok(()) => paths.push(Path::Rdma),
+                Err(error) => why_not.push(format!("{}: {error}", Path::Rdma)),
+            }
+        } else if rdma_offer.is_some() {
+            exchange.answer_rdma(&[]).await?;
         }
         if paths.is_empty() && wanted(Path::Tls) {
             match self.make_tls(life, offers, addr, ports).await {
@@ -563,6 +621,83 @@ impl Node {
             }
         }
         made
+    }
+
+    /// How long the dialler's queue pairs have to show that they work, and the answerer's twice that: then it hears
+    /// the dialler's greeting if that was sent at all. It must leave time to connect without them.
+    #[cfg(feature = "rdma")]
+    fn greeting(&self) -> Duration {
+        self.config.connect_timeout / 4
+    }
+
+    /// The outer error is the session's, the inner one says why there is no lane.
+    #[cfg(feature = "rdma")]
+    async fn make_rdma(
+        &self,
+        life: &Arc<Life>,
+        offer: Option<&[u8]>,
+        exchange: &mut Exchange,
+    ) -> Result<Result<(), String>, HandshakeError> {
+        let Some(offer) = offer else {
+            return Ok(Err("the peer offers none".into()));
+        };
+        let Some(rdma) = self.rdma.clone() else {
+            exchange.answer_rdma(&[]).await?;
+            return Ok(Err("this node has no devices".into()));
+        };
+        let offer = offer.to_vec();
+        let answered = blocking(move || Answered::new(&rdma, &offer)).await;
+        match answered {
+            Ok(answered) => {
+                exchange.answer_rdma(&answered.answer()).await?;
+                let (life, within) = (Arc::clone(life), self.greeting());
+                Ok(blocking(move || answered.join(&life, within)).await)
+            }
+            Err(error) => {
+                exchange.answer_rdma(&[]).await?;
+                Ok(Err(error))
+            }
+        }
+    }
+
+    #[cfg(not(feature = "rdma"))]
+    async fn make_rdma(
+        &self,
+        _life: &Arc<Life>,
+        offer: Option<&[u8]>,
+        exchange: &mut Exchange,
+    ) -> Result<Result<(), String>, HandshakeError> {
+        if offer.is_some() {
+            exchange.answer_rdma(&[]).await?;
+        }
+        Ok(Err("not in this build (feature rdma)".into()))
+    }
+
+    /// Offers lanes to the dialler of a life, and makes the one that it answers with queue pairs.
+    async fn offer_lanes(&self, life: &Arc<Life>, exchange: &mut Exchange) -> Result<(), HandshakeError> {
+        let wanted = |path| self.config.paths.contains(&path);
+        let shm = self.shm.as_ref().filter(|_| wanted(Path::Shm)).map(|listener| listener.offer());
+        let tls = self.tls.as_ref().filter(|_| wanted(Path::Tls));
+        let tls = tls.map(|listener| listener.offer(self.config.tls_connections));
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = self.rdma.clone() {
+            match blocking(move || Offered::new(&rdma)).await {
+                Ok(offered) => {
+                    let rdma = Some(offered.offer());
+                    exchange.offer(&Offers { secret: life.secret, shm, tls, rdma }).await?;
+                    let answer = exchange.rdma_answer().await?;
+                    if !answer.is_empty() {
+                        let (peer, life, within) = (life.peer, Arc::clone(life), 2 * self.greeting());
+                        if let Err(error) = blocking(move || offered.join(&life, &answer, within)).await {
+                            tracing::warn!(%peer, error, "no RDMA lane");
+                        }
+                    }
+                    return Ok(());
+                }
+                Err(error) => tracing::warn!(peer = %life.peer, error, "no RDMA lane"),
+            }
+        }
+        exchange.offer(&Offers { secret: life.secret, shm, tls, rdma: None }).await
     }
 
     /// The life that a lane on its way belongs to, as `secret` proves.
@@ -710,10 +845,7 @@ impl Node {
         };
         if part == 0 {
             let wanted = |path| self.config.paths.contains(&path);
-            let shm = self.shm.as_ref().filter(|_| wanted(Path::Shm)).map(|listener| listener.offer());
-            let tls = self.tls.as_ref().filter(|_| wanted(Path::Tls));
-            let tls = tls.map(|listener| listener.offer(self.config.tls_connections));
-            exchange.offer(&Offers { secret: life.secret, shm, tls }).await?;
+            self.offer_lanes(&life, &mut exchange).await?;
             let paths = exchange.beginning().await?;
             if !paths.iter().copied().all(wanted) || !self.begin(&life, &paths) {
                 let reason = "it wants paths that are not to be had here";

@@ -13,4 +13,6 @@ contract!(quic_small_packets, crate::net::QuicSmallPackets);
 contract!(shm, crate::net::Shm);
 contract!(tls, crate::net::Tls);
 contract!(tls_many, crate::net::TlsMany);
+#[cfg(feature = "rdma")]
+contract!(rdma, crate::net::Rdma);
 contract!(best, crate::net::Best);

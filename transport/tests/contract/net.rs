@@ -14,6 +14,8 @@ pub(crate) type QuicSmallPackets = Loopback<Ethernet>;
 pub(crate) type Shm = Loopback<ShmAlone>;
 pub(crate) type Tls = Loopback<TlsAlone>;
 pub(crate) type TlsMany = Loopback<TlsThenQuic>;
+#[cfg(feature = "rdma")]
+pub(crate) type Rdma = Loopback<RdmaFirst>;
 pub(crate) type Best = Loopback<Defaults>;
 
 pub(crate) trait Shape {
@@ -53,6 +55,16 @@ pub(crate) struct TlsThenQuic;
 impl Shape for TlsThenQuic {
     fn config() -> NetConfig {
         NetConfig { paths: vec![Path::Tls, Path::Quic], tls_connections: 4, ..NetConfig::default() }
+    }
+}
+
+/// With QUIC behind it: a lane breaks by design when a window closes under a write. Without a device, this is QUIC.
+#[cfg(feature = "rdma")]
+pub(crate) struct RdmaFirst;
+#[cfg(feature = "rdma")]
+impl Shape for RdmaFirst {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::Rdma, Path::Quic], ..NetConfig::default() }
     }
 }
 

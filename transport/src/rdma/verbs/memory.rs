@@ -16,7 +16,7 @@ pub(crate) struct MemoryRegion {
     /// Where it begins for the device.
     base: u64,
     len: usize,
-    pub(super) device: Arc<Device>,
+    _device: Arc<Device>,
     /// Mapped as long as it is registered. None for memory of another device.
     memory: Option<Arc<HostRegion>>,
 }
@@ -34,15 +34,22 @@ pub(crate) struct Local {
     pub(super) key: u32,
 }
 
+impl Local {
+    /// No bytes.
+    pub(crate) const EMPTY: Local = Local { address: 0, len: 0, key: 0 };
+}
+
 impl MemoryRegion {
     /// Registers host memory, which pins it: a gigabyte takes tens of milliseconds.
-    pub(crate) fn host(device: &Arc<Device>, memory: Arc<HostRegion>) -> Result<MemoryRegion, VerbsError> {
-        let access = Access::IBV_ACCESS_LOCAL_WRITE.0
-            | if device.memory_windows {
-                Access::IBV_ACCESS_MW_BIND.0
-            } else {
-                Access::IBV_ACCESS_REMOTE_WRITE.0
-            };
+    /// With `windows`, parts of it can be opened to peers by memory windows; without, all of it is, to whoever knows
+    /// its key.
+    pub(crate) fn host(
+        device: &Arc<Device>,
+        memory: Arc<HostRegion>,
+        windows: bool,
+    ) -> Result<MemoryRegion, VerbsError> {
+        let remote = if windows { Access::IBV_ACCESS_MW_BIND } else { Access::IBV_ACCESS_REMOTE_WRITE };
+        let access = Access::IBV_ACCESS_LOCAL_WRITE.0 | remote.0;
         // SAFETY: the domain lives as long as the device, which the registration holds; the memory is mapped as
         // long as the region, which it holds too.
         let raw =
@@ -57,7 +64,7 @@ impl MemoryRegion {
             return Err(VerbsError::Register { device, len, source, hint });
         }
         let (base, len) = (memory.base() as u64, memory.len());
-        Ok(MemoryRegion { raw, base, len, device: Arc::clone(device), memory: Some(memory) })
+        Ok(MemoryRegion { raw, base, len, _device: Arc::clone(device), memory: Some(memory) })
     }
 
     /// Registers `len` bytes of a dma-buf, such as a GPU's memory, from its byte `offset` on. For posted work it
@@ -88,7 +95,7 @@ impl MemoryRegion {
             };
             return Err(VerbsError::DmaBuf { device: device.name().into(), len, source, hint });
         }
-        Ok(MemoryRegion { raw, base: address, len, device: Arc::clone(device), memory: None })
+        Ok(MemoryRegion { raw, base: address, len, _device: Arc::clone(device), memory: None })
     }
 
     /// The memory, where it is the host's.

@@ -16,7 +16,7 @@ mod device;
 mod memory;
 mod queue;
 #[cfg(test)]
-mod tests;
+pub(in crate::rdma) mod tests;
 mod wait;
 
 pub(crate) use device::{AsyncEvent, Device, LinkLayer, Port, names};

@@ -223,7 +223,7 @@ impl QueuePair {
             bytes => {
                 let memory = HostRegion::map(bytes)
                     .map_err(|error| refused(device.name(), "receive messages", io::Error::other(error)))?;
-                Some(MemoryRegion::host(device, memory)?)
+                Some(MemoryRegion::host(device, memory, device.memory_windows)?)
             }
         };
         // SAFETY: the structure is plain numbers and pointers, for which zero is a value.
@@ -288,10 +288,6 @@ impl QueuePair {
 
     pub(crate) fn port(&self) -> &Port {
         &self.port
-    }
-
-    pub(crate) fn limits(&self) -> QueuePairLimits {
-        self.limits
     }
 
     /// Connects it: afterwards it sends and receives. `packet` numbers its own first packet.

@@ -37,7 +37,7 @@ impl End {
         assert!(port.mtu <= MTU_4096 && port.gid[8..12] == [0, 0, 0xff, 0xff], "{port:?}");
         let completions = CompletionQueue::new(&device, 128).unwrap();
         let pair = QueuePair::new(&port, &completions, LIMITS).unwrap();
-        let region = MemoryRegion::host(&device, HostRegion::map(1 << 20).unwrap()).unwrap();
+        let region = MemoryRegion::host(&device, HostRegion::map(1 << 20).unwrap(), true).unwrap();
         End { device, completions, pair, region }
     }
 
@@ -173,7 +173,7 @@ fn what_is_not_in_the_window_is_not_written() {
             1 => writer.write(10, inside + (1 << 20), key),
             _ => {
                 let port = reader.device.ports().remove(0).unwrap();
-                let own = MemoryRegion::host(&writer.device, HostRegion::map(4096).unwrap()).unwrap();
+                let own = MemoryRegion::host(&writer.device, HostRegion::map(4096).unwrap(), true).unwrap();
                 let pairs = [&writer, &reader].map(|end| {
                     let port = if std::ptr::eq(end, &raw const reader) { &port } else { writer.pair.port() };
                     QueuePair::new(port, &end.completions, LIMITS).unwrap()
