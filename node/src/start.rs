@@ -49,9 +49,9 @@ pub struct NodeOptions {
     /// Threads that compute. 0 takes as many as there are cores.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Memory and speed")]
     pub threads: usize,
-    /// The way KV takes: auto picks the best that both nodes have, in the order shm, tls, quic, and falls back when
-    /// it fails; a name allows that one alone. shm is memory shared between processes of one user and host; tls
-    /// needs the data port open for TCP too.
+    /// The way KV takes: auto picks the best that both nodes have, in the order shm, rdma, tls, quic, and falls back
+    /// when it fails; a name allows that one alone. shm is memory shared between processes of one user and host; rdma
+    /// is there in builds with that feature; tls needs the data port open for TCP too.
     #[arg(long, value_name = "PATH", default_value = "auto", value_parser = paths, help_heading = "Memory and speed")]
     pub transport: Paths,
     /// Threads that move KV over QUIC, each with a socket of its own. One carries about half a gigabyte a second.
