@@ -183,7 +183,9 @@ impl Link {
         let header = Header::decode(&bytes).ok_or(RuleBroken("write header of another version"))?;
         let Header { window, offset, len, immediate, sequence, failed, .. } = header;
         if let Some(path) = failed {
-            node.path_failed(life, path);
+            if !node.path_failed(life, path) {
+                return Ok(());
+            }
             if life.has_landed(sequence) {
                 let _ = stream.stop(VarInt::from_u32(0));
                 self.acknowledge(Ack { sequence, landed: true });

@@ -402,11 +402,16 @@ impl Node {
         }
     }
 
-    /// The peer says that a path has failed for it.
-    pub(crate) fn path_failed(&self, life: &Life, path: Path) {
+    /// The peer says that a path has failed for it. When this says true, nothing lands by that path any more, so
+    /// that what is repeated may land. When it says false the life is over: its lanes are being closed by
+    /// whoever ended it, and one may still land its last piece.
+    #[must_use]
+    pub(crate) fn path_failed(&self, life: &Life, path: Path) -> bool {
         for lane in life.lanes_of(path) {
             self.lane_failed(life, &*lane, "failed at the peer");
         }
+        // Asked last: a life that goes on now had all of its lanes above.
+        life.phase() != Phase::Ended
     }
 
     pub(super) fn metrics(&self) -> NetMetrics {

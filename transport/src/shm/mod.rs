@@ -395,8 +395,10 @@ impl ShmLane {
             }
         }
         let Header { sequence, failed, len, .. } = announced.header;
-        if let Some(path) = failed {
-            node.path_failed(life, path);
+        if let Some(path) = failed
+            && !node.path_failed(life, path)
+        {
+            return Ok(0);
         }
         let landed = if failed.is_some() && life.has_landed(sequence) {
             true

@@ -268,10 +268,11 @@ impl Lane for TlsLane {
             queue.jobs.clear();
         }
         self.more.notify_all();
-        // Wakes both threads; fails if the connection is gone already.
-        let _ = self.socket.shutdown(Shutdown::Both);
         *lock(&self.sources) = true;
         *lock(&self.landings) = true;
+        // Wakes both threads; fails if the connection is gone already. Only now: the peer sees it, and repeats
+        // elsewhere what a piece that was still landing here would spoil.
+        let _ = self.socket.shutdown(Shutdown::Both);
     }
 }
 

@@ -156,7 +156,9 @@ impl Receiver<'_> {
             }
         }
         if let Some(path) = header.failed {
-            self.node.path_failed(self.life, path);
+            if !self.node.path_failed(self.life, path) {
+                return Err(TlsError::Closed);
+            }
             if self.life.has_landed(header.sequence) {
                 return Ok(Fate::LandedBefore);
             }
