@@ -134,7 +134,7 @@ fn identity() -> Identity {
 fn nodes(paths: &[Path]) -> [Node; 2] {
     let identity = identity();
     [1, 2].map(|id| {
-        let config = NetConfig { paths: paths.to_vec(), ..NetConfig::default() };
+        let config = NetConfig { paths: paths.to_vec(), tls_connections: 2, ..NetConfig::default() };
         let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(id), config).unwrap();
         let region = HostRegion::map(REGION).unwrap();
         let registered = transport.register(Arc::clone(&region)).unwrap();

@@ -72,7 +72,7 @@ impl Default for NetConfig {
             paths: Path::ALL.to_vec(),
             threads: 1,
             connections: 2,
-            tls_connections: 2,
+            tls_connections: 1,
             streams: 4,
             rdma_devices: Vec::new(),
             write_limit: 256,

@@ -108,7 +108,10 @@ impl lane::Lane for RdmaLane {
 impl Session for NetSession {
     fn arrived(&self, header: &Header) -> Arrival {
         if let Some(path) = header.failed {
-            self.node.path_failed(&self.life, path);
+            if !self.node.path_failed(&self.life, path) {
+                // The life is over, and the peer is being told.
+                return Arrival::Refused;
+            }
             if self.life.has_landed(header.sequence) {
                 return Arrival::Landed;
             }

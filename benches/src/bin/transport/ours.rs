@@ -22,7 +22,7 @@ pub(crate) fn config(path: Path, mtu: u16, connections: usize) -> NetConfig {
     match path {
         Path::Quic => NetConfig { threads: connections, connections, ..config },
         Path::Tls => NetConfig { tls_connections: connections, ..config },
-        Path::Shm => config,
+        Path::Shm | Path::Rdma => config,
     }
 }
 
@@ -57,11 +57,9 @@ impl Ours {
         transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
         transport.connect(RECEIVER, addr.parse()?);
         let mut ours = Ours { transport, window, source, events: Vec::new() };
-        loop {
-            match ours.next(Instant::now() + PATIENCE)? {
-                Event::Connected { .. } => return Ok(ours),
-                other => bail!("{other:?}"),
-            }
+        match ours.next(Instant::now() + PATIENCE)? {
+            Event::Connected { .. } => Ok(ours),
+            other => bail!("{other:?}"),
         }
     }
 

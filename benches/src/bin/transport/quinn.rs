@@ -115,7 +115,7 @@ pub(crate) fn receive(identity: &Identity, mtu: u16, landing: Arc<HostRegion>) -
             let mut answers = connection.open_uni().await?;
             // Seen by the peer only once something is sent on it.
             answers.write_all(&[1]).await?;
-            let (landed, mut to_answer) = tokio::sync::mpsc::unbounded_channel();
+            let (landed, mut to_answer) = tokio::sync::mpsc::channel(1024);
             tokio::spawn(async move {
                 while to_answer.recv().await.is_some() {
                     if answers.write_all(&[1; 9]).await.is_err() {
@@ -128,7 +128,7 @@ pub(crate) fn receive(identity: &Identity, mtu: u16, landing: Arc<HostRegion>) -
                 let (landing, landed) = (Arc::clone(&landing), landed.clone());
                 tokio::spawn(async move {
                     land(stream, &landing).await?;
-                    landed.send(())?;
+                    landed.send(()).await?;
                     anyhow::Ok(())
                 });
             }
