@@ -238,13 +238,13 @@ mod tests {
         };
         let mut held: Vec<Vec<PageId>> = Vec::new();
         for _ in 0..20_000 {
-            match random(4) {
-                0 => held.extend(pool.take(1 + random(3) as usize * 4)),
-                1 if !held.is_empty() => {
+            match random(8) {
+                0 | 1 => held.extend(pool.take(1 + random(3) as usize * 4)),
+                2..=4 if !held.is_empty() => {
                     let pages = held.swap_remove(random(held.len() as u64) as usize);
                     pool.release(&pages);
                 }
-                2 if !held.is_empty() => {
+                5 | 6 if !held.is_empty() => {
                     let pages = held[random(held.len() as u64) as usize].clone();
                     for chunk in pages.chunks_exact(4) {
                         if pool.pages[chunk[0].0 as usize].chunk.is_none() {
@@ -255,7 +255,7 @@ mod tests {
                 _ => {
                     let start = random(16) as u8;
                     let pages = pool.match_prefix(&[key(start), key((start + 1) % 16)]);
-                    held.push(pages);
+                    held.extend((!pages.is_empty()).then_some(pages));
                 }
             }
             let only_pool =

@@ -3,7 +3,7 @@
 use crate::transport::{RegionId, TransportError};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
@@ -35,10 +35,17 @@ pub(crate) struct Landing {
     peer: NodeId,
     window: Window,
     extent: Extent,
-    /// Held while a piece is copied, so that closing waits for the copy in progress and for no more.
-    open: Mutex<bool>,
+    state: Mutex<State>,
+    /// A piece is in its place: for those who wait for that.
+    landed: Condvar,
     /// Set while the window is open. A window is one peer's, and a peer has at most one keeper in its life.
     keeper: OnceLock<Weak<dyn Keeper>>,
+}
+
+struct State {
+    open: bool,
+    /// What is being written now. No two of these overlap, so no byte has two writers.
+    busy: Vec<Range<usize>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -83,7 +90,14 @@ impl Windows {
         let window = Window { region: region.0, key, offset: start, len: end - start };
         table.by_key.insert(
             key,
-            Arc::new(Landing { peer, window, extent, open: Mutex::new(true), keeper: OnceLock::new() }),
+            Arc::new(Landing {
+                peer,
+                window,
+                extent,
+                state: Mutex::new(State { open: true, busy: Vec::new() }),
+                landed: Condvar::new(),
+                keeper: OnceLock::new(),
+            }),
         );
         if start < end {
             table.by_place.insert((region.0, start), (end, key));
@@ -91,22 +105,19 @@ impl Windows {
         Ok(window)
     }
 
-    /// After this, nothing lands through the window.
+    /// After this, nothing lands through the window, whoever else closes it at the same time.
     pub(crate) fn close(&self, key: u64) {
-        let landing = {
-            let mut table = lock(&self.table);
-            let Some(landing) = table.by_key.remove(&key) else {
-                return;
-            };
-            if landing.window.len > 0 {
-                table.by_place.remove(&(landing.window.region, landing.window.offset));
-            }
-            landing
+        let Some(landing) = lock(&self.table).by_key.get(&key).cloned() else {
+            return;
         };
-        *lock(&landing.open) = false;
-        // Without a lock: it may wait for the device.
+        landing.close();
         if let Some(keeper) = landing.keeper.get().and_then(Weak::upgrade) {
             keeper.window_closed(key);
+        }
+        // Only now may the place be another's, and a second closer find nothing to wait for.
+        let mut table = lock(&self.table);
+        if table.by_key.remove(&key).is_some() && landing.window.len > 0 {
+            table.by_place.remove(&(landing.window.region, landing.window.offset));
         }
     }
 
@@ -143,11 +154,11 @@ impl Landing {
     #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
     #[must_use]
     pub(crate) fn keep(&self, keeper: Weak<dyn Keeper>) -> bool {
-        let open = lock(&self.open);
-        if *open {
+        let state = lock(&self.state);
+        if state.open {
             let _ = self.keeper.set(keeper);
         }
-        *open
+        state.open
     }
 
     /// Copies a piece to its place, unless the window has been closed or the piece leaves it.
@@ -156,11 +167,11 @@ impl Landing {
         self.land_by(at, piece.len(), |place| place.copy_from_slice(piece))
     }
 
-    /// Has `len` bytes written to their place, unless the window has been closed or they leave it.
+    /// Has `len` bytes written to their place, unless the window has been closed or they leave it. Waits for
+    /// whoever writes some of these bytes already.
     #[must_use]
     #[allow(unsafe_code)] // The one place where landing memory becomes a slice.
     pub(crate) fn land_by(&self, at: u64, len: usize, write: impl FnOnce(&mut [u8])) -> bool {
-        let open = lock(&self.open);
         let Ok(start) = usize::try_from(at) else {
             return false;
         };
@@ -170,11 +181,18 @@ impl Landing {
         let Ok(place) = self.extent.part(start..end) else {
             return false;
         };
-        if !*open {
+        let mut state = lock(&self.state);
+        while state.open && state.busy.iter().any(|other| other.start < end && start < other.end) {
+            state = self.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if !state.open {
             return false;
         }
-        // SAFETY: the window is open, so its opener promised not to touch the range, windows do not overlap,
-        // and the lock keeps every other landing through this one away until it is written.
+        state.busy.push(start..end);
+        drop(state);
+        let _busy = Busy { landing: self, range: start..end };
+        // SAFETY: the window is open, so its opener promised not to touch the range before it is closed, which
+        // waits until this range is no longer busy; windows do not overlap, and neither do busy ranges.
         write(unsafe { place.bytes_mut() });
         true
     }
@@ -182,11 +200,38 @@ impl Landing {
     /// Runs `report` if the window is still open: what it reports was landed before the window closed.
     #[must_use]
     pub(crate) fn complete(&self, report: impl FnOnce()) -> bool {
-        let open = lock(&self.open);
-        if *open {
+        let state = lock(&self.state);
+        if state.open {
             report();
         }
-        *open
+        state.open
+    }
+
+    /// Nothing lands from now on; waits for the pieces that are being written.
+    fn close(&self) {
+        let mut state = lock(&self.state);
+        state.open = false;
+        self.landed.notify_all();
+        while !state.busy.is_empty() {
+            state = self.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A range of a window while it is written.
+struct Busy<'a> {
+    landing: &'a Landing,
+    range: Range<usize>,
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.landing.state);
+        if let Some(at) = state.busy.iter().position(|range| *range == self.range) {
+            state.busy.swap_remove(at);
+        }
+        drop(state);
+        self.landing.landed.notify_all();
     }
 }
 

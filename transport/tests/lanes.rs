@@ -204,7 +204,8 @@ fn the_end_of_a_process_leaves_nothing_behind() {
                     })
                     .collect();
                 reports.sort_unstable();
-                assert_eq!(reports, writes.keys().copied().collect::<Vec<_>>(), "round {round}");
+                let all: Vec<u64> = writes.keys().copied().collect();
+                assert_eq!(reports, all, "round {round} over {paths:?}: {:?}", alive.events);
             }
             drop(alive);
             assert!(

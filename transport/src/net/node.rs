@@ -329,20 +329,23 @@ impl Node {
     }
 
     fn report(&self, fill: impl FnOnce(&mut EventQueue)) {
-        fill(&mut lock(&self.outbox).events);
-        self.wake();
+        let mut outbox = lock(&self.outbox);
+        fill(&mut outbox.events);
+        Node::wake_with(outbox);
     }
 
     /// Wakes the node loop if there is something that it does not know of.
     pub(crate) fn wake(&self) {
-        let waker = {
-            let mut outbox = lock(&self.outbox);
-            if outbox.woken || outbox.events.is_empty() {
-                return;
-            }
-            outbox.woken = outbox.waker.is_some();
-            outbox.waker.clone()
-        };
+        Node::wake_with(lock(&self.outbox));
+    }
+
+    fn wake_with(mut outbox: MutexGuard<'_, Outbox>) {
+        if outbox.woken || outbox.events.is_empty() {
+            return;
+        }
+        outbox.woken = outbox.waker.is_some();
+        let waker = outbox.waker.clone();
+        drop(outbox);
         if let Some(waker) = waker {
             waker.wake();
         }
@@ -358,13 +361,23 @@ impl Node {
     }
 
     pub(crate) fn settle(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
-        self.settle_quietly(life, lane, sequence, landed);
-        self.wake();
+        self.settle_by(life, lane, sequence, landed, |event| self.report(|events| events.push(event)));
     }
 
     /// As [`Node::settle`]; the caller wakes the node loop when it has more to tell.
     pub(crate) fn settle_quietly(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
         let report = |event| lock(&self.outbox).events.push(event);
+        self.settle_by(life, lane, sequence, landed, report);
+    }
+
+    fn settle_by(
+        &self,
+        life: &Life,
+        lane: &dyn Lane,
+        sequence: u64,
+        landed: bool,
+        report: impl FnOnce(Event),
+    ) {
         if let Some(bytes) = life.settle(lane.id(), sequence, landed, report) {
             let counters = &self.counters.paths[lane.path() as usize];
             add(&counters.writes_sent, 1);

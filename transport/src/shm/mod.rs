@@ -414,6 +414,11 @@ impl ShmLane {
                 None => return Ok(0),
             }
         };
+        // The end of a life closes its lanes and then its windows: what is refused for that is nobody's fault.
+        let open = lock(&self.open);
+        if !*open {
+            return Ok(0);
+        }
         if !landed {
             node.count_refused();
         }

@@ -95,9 +95,9 @@ impl std::fmt::Display for Way {
 
 /// Bytes that lie in either process.
 const REGION: usize = 256 << 20;
-/// Bytes under way at once, as far as [`DEPTHS`] allows.
+/// Bytes under way at once on each connection, as far as [`DEPTHS`] allows.
 const UNDER_WAY: usize = 4 << 20;
-/// Writes under way at once.
+/// Writes under way at once on each connection.
 const DEPTHS: std::ops::RangeInclusive<usize> = 4..=64;
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -156,7 +156,7 @@ fn measure(options: &Options, dir: &std::path::Path) -> anyhow::Result<()> {
         eprintln!("round {} of {}", round + 1, options.rounds);
         for &size in &options.sizes {
             for (way, (receiver, sender)) in ends.iter_mut().enumerate() {
-                let slots = Slots::new(size, (round * 1000 + way) as u64)?;
+                let slots = Slots::new(size, options.ways[way].connections, (round * 1000 + way) as u64)?;
                 slots.fill(&source);
                 // The first pages, the first windows of congestion: not what is to be measured.
                 sender.run(slots, Duration::from_millis(20))?;
@@ -275,10 +275,12 @@ fn receive(way: &Way, dir: &std::path::Path) -> anyhow::Result<()> {
         let line = line?;
         match line.split(' ').collect::<Vec<_>>()[..] {
             ["cpu"] => println!("{}", cpu()),
-            ["verify", size, seed] => match verify(&landing, Slots::new(size.parse()?, seed.parse()?)?) {
-                Ok(()) => println!("right"),
-                Err(error) => println!("{error}"),
-            },
+            ["verify", size, seed] => {
+                match verify(&landing, Slots::new(size.parse()?, way.connections, seed.parse()?)?) {
+                    Ok(()) => println!("right"),
+                    Err(error) => println!("{error}"),
+                }
+            }
             _ => bail!("no question: {line}"),
         }
     }

@@ -18,7 +18,7 @@ const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST
 
 pub(crate) fn config(path: Path, mtu: u16, connections: usize) -> NetConfig {
     let tuning = Tuning { loopback_mtu: mtu, ..Tuning::default() };
-    let config = NetConfig { paths: vec![path], tuning, ..NetConfig::default() };
+    let config = NetConfig { paths: vec![path], tuning, write_limit: 4096, ..NetConfig::default() };
     match path {
         Path::Quic => NetConfig { threads: connections, connections, ..config },
         Path::Tls => NetConfig { tls_connections: connections, ..config },
