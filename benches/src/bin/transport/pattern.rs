@@ -65,7 +65,7 @@ pub(crate) fn bytes(region: &HostRegion, range: Range<usize>) -> &[u8] {
     unsafe { std::slice::from_raw_parts(region.base().add(range.start), range.len()) }
 }
 
-/// As [`bytes`], to write: each place is written by one connection at a time.
+/// As [`bytes()`], to write: each place is written by one connection at a time.
 #[allow(clippy::mut_from_ref)]
 pub(crate) fn bytes_mut(region: &HostRegion, range: Range<usize>) -> &mut [u8] {
     assert!(range.start <= range.end && range.end <= region.len());
