@@ -9,7 +9,8 @@ use super::Cpu;
 use super::buffer::{Buffer, Rows, Shared};
 use super::element::{Bf16, Dtype, Element, F16, write_row};
 use super::linear::{
-    MAX_TILE_ROWS, PACKED, PANEL, Segment, Split, Tile, pack_tile, packed_len, packed_offset, tiles,
+    CACHE_LINE, MAX_TILE_ROWS, PACKED, PANEL, Segment, Split, Tile, pack_tile, packed_len, packed_offset,
+    tiles,
 };
 use super::simd::{LANES, Op, Simd, exp, max_lane, sum};
 use crate::KvPages;
@@ -18,7 +19,6 @@ use tandem_proto::ids::{LayerIdx, PageId};
 
 /// Positions of a block. Blocks start at multiples of it, whatever a step begins with.
 const BLOCK: usize = 64;
-const CACHE_LINE: usize = 64;
 /// Rows (queries times heads of a group) of one task: enough to pay for turning a block of keys.
 const TASK_ROWS: usize = 8 * MAX_TILE_ROWS;
 
@@ -42,6 +42,12 @@ impl Heads {
     #[must_use]
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// The first position that a query at `position` sees.
+    #[inline(always)]
+    fn first_seen(&self, position: usize) -> usize {
+        self.window.map_or(0, |w| (position + 1).saturating_sub(w as usize))
     }
 
     /// Query heads that share a key head.
@@ -142,10 +148,15 @@ pub fn attention(
     let attend = |index: usize| {
         SCRATCH.with_borrow_mut(|scratch| {
             let task = tasks[index];
-            let strides = kv.head_strides(layer, task.kv_head as u32);
-            let page_tokens = kv.shape().page_tokens as usize;
-            let work = Work { heads, qkv, kv, to, task, page_tokens, strides };
-            cpu.isa.run(Attend { work, scratch });
+            // Threads take turns, more or less: this is what this one probably takes next.
+            let then = tasks.get(index + cpu.team.threads()).map(|then| {
+                let (first, end) = then.blocks(heads);
+                Coming::new(Place::new(kv, layer, then), first * BLOCK, end)
+            });
+            cpu.isa.run(Attend {
+                work: Work { heads, qkv, to, task, place: Place::new(kv, layer, &task), then },
+                scratch,
+            });
         });
     };
     let steps: usize = tasks.iter().map(|t| (t.span.start as usize + t.first + t.tokens) * t.tokens).sum();
@@ -183,16 +194,96 @@ struct Task<'a> {
     kv_head: usize,
 }
 
+impl Task<'_> {
+    /// The first block of positions that it sees, and one past the last position.
+    #[inline(always)]
+    fn blocks(&self, heads: &Heads) -> (usize, usize) {
+        let start = self.span.start as usize + self.first;
+        (heads.first_seen(start) / BLOCK, start + self.tokens)
+    }
+}
+
+/// Where the keys and values of a sequence and a head lie.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    bytes: &'a [u8],
+    dtype: Dtype,
+    pages: &'a [PageId],
+    page_tokens: usize,
+    head_dim: usize,
+    /// See [`KvPages::head_strides`].
+    strides: (usize, usize, usize),
+}
+
+impl<'a> Place<'a> {
+    fn new(kv: &'a KvPages, layer: LayerIdx, task: &Task<'a>) -> Place<'a> {
+        let shape = kv.shape();
+        Place {
+            bytes: kv.bytes(),
+            dtype: Dtype::from(shape.dtype),
+            pages: task.span.pages,
+            page_tokens: shape.page_tokens as usize,
+            head_dim: shape.head_dim as usize,
+            strides: kv.head_strides(layer, task.kv_head as u32),
+        }
+    }
+
+    /// Where the key and the value of a position lie, and how many rows follow in the page from there on.
+    #[inline(always)]
+    fn rows_at(&self, position: usize) -> (*const u8, *const u8, usize) {
+        let (page, row) = (position / self.page_tokens, position % self.page_tokens);
+        let (first, step, to_values) = self.strides;
+        let offset = first + self.pages[page].0 as usize * step + row * self.row_bytes();
+        let (k, v) = (&self.bytes[offset..], &self.bytes[offset + to_values..]);
+        (k.as_ptr(), v.as_ptr(), self.page_tokens - row)
+    }
+
+    #[inline(always)]
+    fn row_bytes(&self) -> usize {
+        self.head_dim * self.dtype.size_bytes()
+    }
+}
+
+/// Positions that come after the block at hand, a block at most: they are asked for while it is computed.
+///
+/// Pages lie anywhere, so the machine cannot guess the next. Lines are asked for in step with the work: all at once
+/// they would fill the core's queues, and its loads would wait for them. So each phase of a block asks for a part,
+/// as long as it lasts: the turning of keys for values, the scores for the first half of the keys, the weighted sum
+/// for the other half.
+#[derive(Clone, Copy)]
+struct Coming<'a> {
+    place: Place<'a>,
+    start: usize,
+    end: usize,
+}
+
+impl<'a> Coming<'a> {
+    fn new(place: Place<'a>, start: usize, end: usize) -> Coming<'a> {
+        Coming { place, start, end: end.min(start + BLOCK) }
+    }
+
+    /// How many rows lie one after another from its position number `i` on.
+    #[inline(always)]
+    fn run(&self, i: usize) -> usize {
+        self.place.page_tokens - (self.start + i) % self.place.page_tokens
+    }
+
+    /// The key of its position number `i`; null beyond the last.
+    #[inline(always)]
+    fn key(&self, i: usize) -> *const u8 {
+        if self.start + i < self.end { self.place.rows_at(self.start + i).0 } else { std::ptr::null() }
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Work<'a> {
     heads: &'a Heads,
     qkv: &'a Rows,
-    kv: &'a KvPages,
     to: Shared<f32>,
     task: Task<'a>,
-    page_tokens: usize,
-    /// See [`KvPages::head_strides`].
-    strides: (usize, usize, usize),
+    place: Place<'a>,
+    /// What comes after the last block.
+    then: Option<Coming<'a>>,
 }
 
 struct Attend<'a> {
@@ -263,9 +354,7 @@ impl Work<'_> {
         let rows = task.tokens * group;
         let split = Split::new(rows, S::TILE_ROWS);
         let q_start = task.span.start as usize + task.first;
-        let end = q_start + task.tokens;
-        let first_seen = self.first_seen(q_start);
-        let first_block = first_seen / BLOCK;
+        let (first_block, end) = task.blocks(heads);
         let mut scratch = Scratch::new(scratch, packed_len(split, dim), rows, dim);
 
         for t in 0..split.tiles {
@@ -292,20 +381,27 @@ impl Work<'_> {
         for block in first_block..end.div_ceil(BLOCK) {
             let start = block * BLOCK;
             let filled = BLOCK.min(end - start);
+            let more = start + BLOCK < end;
+            let coming = if more { Some(Coming::new(self.place, start + BLOCK, end)) } else { self.then };
+            // One tile goes through keys and values once, in places that the others do not share: so it can ask
+            // for the next ones as it goes.
+            let smooth = split.tiles == 1 && self.place.dtype == Dtype::F32 && dim == wide;
+            let asked = coming.filter(|_| smooth);
             // SAFETY: the scratch parts have the sizes that `Scratch::new` gives them, and positions below
             // `end` lie in pages that `check` has found.
             let values = unsafe {
-                let block = Block { start, filled, last: end };
-                match Dtype::from(self.kv.shape().dtype) {
-                    Dtype::F32 => self.load_block::<S, f32>(s, block, split.tiles == 1, &mut scratch),
-                    Dtype::F16 => self.load_block::<S, F16>(s, block, split.tiles == 1, &mut scratch),
-                    Dtype::Bf16 => self.load_block::<S, Bf16>(s, block, split.tiles == 1, &mut scratch),
+                let ahead = Ahead::new(coming, !smooth);
+                match self.place.dtype {
+                    Dtype::F32 => self.load_block::<S, f32>(s, start, filled, asked, ahead, &mut scratch),
+                    Dtype::F16 => self.load_block::<S, F16>(s, start, filled, asked, ahead, &mut scratch),
+                    Dtype::Bf16 => self.load_block::<S, Bf16>(s, start, filled, asked, ahead, &mut scratch),
                 }
             };
+            let keys = Keys::new(scratch.keys.as_ptr(), dim, asked);
             for t in 0..split.tiles {
                 let (first, height) = (split.first(t), split.height(t));
                 let tile_end = q_start + (first + height - 1) / group + 1;
-                let tile_start = self.first_seen(q_start + first / group);
+                let tile_start = heads.first_seen(q_start + first / group);
                 if tile_end <= start || tile_start >= start + BLOCK {
                     continue;
                 }
@@ -317,18 +413,19 @@ impl Work<'_> {
                     let sums = scratch.sums.as_mut_ptr().add(first * wide);
                     let product = Tile {
                         a: queries,
-                        segments: &[Segment::new(scratch.keys.as_ptr(), dim)],
+                        segments: keys.segments(),
                         b_panel: dim.next_multiple_of(LANES) * PANEL,
                         b_step: PANEL,
                         c: scores,
                         c_row: BLOCK,
                         fresh: true,
                         ahead: 0,
+                        next_lines: Keys::NEXT_LINES,
                     };
                     tiles::<S, f32, PACKED>(s, height, seen.div_ceil(PANEL), product);
                     for i in 0..height {
                         let position = q_start + (first + i) / group;
-                        let from = self.first_seen(position).saturating_sub(start);
+                        let from = heads.first_seen(position).saturating_sub(start);
                         let to = (position + 1).saturating_sub(start).min(BLOCK);
                         let scale = soften(
                             s,
@@ -358,14 +455,8 @@ impl Work<'_> {
         }
     }
 
-    /// The first position that a query at `position` sees.
-    #[inline(always)]
-    fn first_seen(&self, position: usize) -> usize {
-        self.heads.window.map_or(0, |w| (position + 1).saturating_sub(w as usize))
-    }
-
     /// Turns the keys of a block, and finds its values, or copies them where they are not whole panels of
-    /// f32.
+    /// f32. Values that are found where they lie ask for keys of the block that is `asked` for.
     ///
     /// # Safety
     /// Pages hold these positions, and the scratch has room for a block.
@@ -373,16 +464,14 @@ impl Work<'_> {
     unsafe fn load_block<S: Simd, E: Element>(
         &self,
         s: S,
-        block: Block,
-        one_tile: bool,
+        start: usize,
+        filled: usize,
+        asked: Option<Coming<'_>>,
+        mut ahead: Ahead,
         scratch: &mut Scratch<'_>,
     ) -> Values {
-        let Block { start, filled, last } = block;
         let dim = self.heads.head_dim;
         let (narrow, wide) = (dim.next_multiple_of(LANES), dim.next_multiple_of(PANEL));
-        // One tile goes through the values once, and asks for the next ones as it goes.
-        let smooth = one_tile && E::as_f32(std::ptr::null()).is_some() && dim == wide;
-        let mut ahead = self.ahead::<E>(start + BLOCK, last, !smooth);
         let Scratch { keys, values, turning, .. } = scratch;
         let mut found = Values { segments: [Segment::new(std::ptr::null(), 0); BLOCK], count: 0, wide };
         for base in (0..filled).step_by(LANES) {
@@ -391,16 +480,12 @@ impl Work<'_> {
             let end = (base + LANES).min(filled);
             while i < end {
                 // As many as lie in one page.
-                let (k, v, run) = self.rows_at::<E>(start + i);
-                let run = run.min(end - i);
+                let (k, v, run) = self.place.rows_at(start + i);
+                let (k, v, run) = (k.cast::<E>(), v.cast::<E>(), run.min(end - i));
                 match E::as_f32(v) {
                     Some(v) if dim == wide => {
-                        let next = start + BLOCK + i;
-                        let next = if smooth && next < last {
-                            self.rows_at::<f32>(next).1
-                        } else {
-                            std::ptr::null()
-                        };
+                        // Half as many rows as it has itself, after those that the scores ask for.
+                        let next = asked.map_or(std::ptr::null(), |block| block.key(BLOCK / 2 + i / 2));
                         found.push(Segment { next, ..Segment::new(v, run) });
                     }
                     _ => {
@@ -441,50 +526,12 @@ impl Work<'_> {
         }
         found
     }
-
-    /// Where the key and the value of a position lie, and how many rows follow in the page from there on.
-    #[inline(always)]
-    fn rows_at<E>(&self, position: usize) -> (*const E, *const E, usize) {
-        let (page, row) = (position / self.page_tokens, position % self.page_tokens);
-        let (first, step, to_values) = self.strides;
-        let offset = first + self.task.span.pages[page].0 as usize * step;
-        let bytes = self.kv.bytes();
-        let row_bytes = row * self.heads.head_dim * size_of::<E>();
-        let k = bytes[offset + row_bytes..].as_ptr();
-        let v = bytes[offset + to_values + row_bytes..].as_ptr();
-        (k.cast(), v.cast(), self.page_tokens - row)
-    }
-
-    /// The keys of the block that begins at `start`, and perhaps the values, to be asked for ahead of their use.
-    #[inline(always)]
-    fn ahead<E: Element>(&self, start: usize, end: usize, values: bool) -> Ahead {
-        let mut ahead = Ahead { pieces: [(std::ptr::null(), 0); AHEAD_PIECES], count: 0, step: 0 };
-        let end = end.min(start + BLOCK);
-        let mut position = start;
-        while position < end && ahead.count + 2 <= AHEAD_PIECES {
-            let (k, v, run) = self.rows_at::<E>(position);
-            let run = run.min(end - position);
-            let bytes = run * self.heads.head_dim * size_of::<E>();
-            ahead.pieces[ahead.count] = (k.cast(), bytes);
-            ahead.count += 1;
-            if values {
-                ahead.pieces[ahead.count] = (v.cast(), bytes);
-                ahead.count += 1;
-            }
-            position += run;
-        }
-        ahead
-    }
 }
 
 /// Pieces of [`Ahead`]: a block's keys and values in pages of sixteen tokens or more.
 const AHEAD_PIECES: usize = 2 * BLOCK / LANES;
 
-/// Memory that will be read soon. Pages lie anywhere, so the machine cannot guess the next.
-///
-/// Lines are asked for in step with the work on the block before: all at once they would fill the core's
-/// line buffers, and its loads would wait for them. Asking for every other line only, and leaving the rest
-/// to the machine's own prefetcher, measured slower.
+/// What the turning of keys asks for: values, and keys too where nothing else asks for them.
 struct Ahead {
     pieces: [(*const u8, usize); AHEAD_PIECES],
     count: usize,
@@ -492,6 +539,25 @@ struct Ahead {
 }
 
 impl Ahead {
+    #[inline(always)]
+    fn new(coming: Option<Coming<'_>>, keys: bool) -> Ahead {
+        let mut ahead = Ahead { pieces: [(std::ptr::null(), 0); AHEAD_PIECES], count: 0, step: 0 };
+        let Some(Coming { place, start, end }) = coming else { return ahead };
+        let mut position = start;
+        while position < end && ahead.count + 2 <= AHEAD_PIECES {
+            let (k, v, run) = place.rows_at(position);
+            let run = run.min(end - position);
+            ahead.pieces[ahead.count] = (v, run * place.row_bytes());
+            ahead.count += 1;
+            if keys {
+                ahead.pieces[ahead.count] = (k, run * place.row_bytes());
+                ahead.count += 1;
+            }
+            position += run;
+        }
+        ahead
+    }
+
     /// Asks for one part of `steps`.
     #[inline(always)]
     fn prefetch<S: Simd>(&mut self, s: S, steps: usize) {
@@ -506,13 +572,38 @@ impl Ahead {
     }
 }
 
-/// Which positions of a block are there.
-#[derive(Clone, Copy)]
-struct Block {
-    start: usize,
-    filled: usize,
-    /// Positions below this will be needed by later blocks.
-    last: usize,
+/// The turned keys of a block, in segments that ask for the first half of the next keys as they are multiplied.
+struct Keys {
+    segments: [Segment<f32>; BLOCK / 2],
+    count: usize,
+}
+
+impl Keys {
+    /// A segment has a step for each number of a head: half a block of single precision is two lines for each.
+    const NEXT_LINES: usize = BLOCK / 2 * size_of::<f32>() / CACHE_LINE;
+
+    #[inline(always)]
+    fn new(keys: *const f32, dim: usize, asked: Option<Coming<'_>>) -> Keys {
+        let mut found = Keys { segments: [Segment::new(keys, dim); BLOCK / 2], count: 1 };
+        let Some(coming) = asked else { return found };
+        found.count = 0;
+        let mut row = 0;
+        while row < BLOCK / 2 {
+            let run = coming.run(row).min(BLOCK / 2 - row);
+            // Heads are whole panels here, so rows are whole lines and half a block's steps divide evenly.
+            let (first, steps) = (row * dim / (BLOCK / 2), run * dim / (BLOCK / 2));
+            let segment = Segment::new(keys.wrapping_add(first * PANEL), steps);
+            found.segments[found.count] = Segment { next: coming.key(row), ..segment };
+            found.count += 1;
+            row += run;
+        }
+        found
+    }
+
+    #[inline(always)]
+    fn segments(&self) -> &[Segment<f32>] {
+        &self.segments[..self.count]
+    }
 }
 
 /// The values of a block.
@@ -562,6 +653,8 @@ impl Values {
             c_row: wide,
             fresh: false,
             ahead: 0,
+            // See [`Work::load_block`]: for each position half a row.
+            next_lines: wide * size_of::<f32>() / CACHE_LINE / 2,
         };
         // SAFETY: by the caller's promise.
         unsafe { tiles::<S, f32, BLOCK>(s, height, wide / PANEL, product) };

@@ -23,7 +23,7 @@ const PASS_INPUTS: usize = 1024;
 const BLOCK_BYTES: usize = 1 << 20;
 /// How far ahead weights are asked for: the time of a trip to memory at the rate of its arrival.
 const AHEAD_BYTES: usize = 2048;
-const CACHE_LINE: usize = 64;
+pub(crate) const CACHE_LINE: usize = 64;
 /// Tiles up to which a panel is not worth a copy as f32.
 const FEW_TILES: usize = 3;
 /// Panels that one task goes through, at most: while one is multiplied, the next is fetched.
@@ -245,8 +245,8 @@ impl<F: Fn(usize) -> Option<(usize, usize)> + Sync> Fill<'_, F> {
 pub(crate) struct Segment<E> {
     pub(crate) b: *const E,
     pub(crate) steps: usize,
-    /// What to ask memory for, step by step as this is multiplied, because it comes next; null for nothing.
-    pub(crate) next: *const E,
+    /// What to ask memory for, [`Tile::next_lines`] at each step, because it comes next; null for nothing.
+    pub(crate) next: *const u8,
 }
 
 impl<E> Segment<E> {
@@ -274,6 +274,8 @@ pub(crate) struct Tile<'a, E> {
     /// Ask for the second operand so many bytes before it is needed: for what comes from memory in order.
     /// The machine's own prefetcher stops at the ends of 4 KiB pages. None if zero.
     pub(crate) ahead: usize,
+    /// Cache lines of each segment's `next` to ask for at each step.
+    pub(crate) next_lines: usize,
 }
 
 /// The stride that [`tiles`] takes for rows packed as `[step][row]`.
@@ -398,11 +400,12 @@ unsafe fn tile<S: Simd, E: Element, const R: usize, const P: usize, const ROW: u
                         cell.1 = s.fma(x, column.1, cell.1);
                     }
                 }
-                if !next.is_null() {
-                    for line in (0..P * PANEL * size_of::<E>()).step_by(CACHE_LINE) {
-                        s.prefetch(next.cast::<u8>().wrapping_add(skip * size_of::<E>() + line));
+                // Once, however many passes the panels take.
+                if skip == 0 && !next.is_null() {
+                    for _ in 0..t.next_lines {
+                        s.prefetch(next);
+                        next = next.wrapping_add(CACHE_LINE);
                     }
-                    next = next.wrapping_add(t.b_step);
                 }
                 a = a.add(a_step);
                 b = b.add(t.b_step);
@@ -663,6 +666,7 @@ fn few_rows<S: Simd, E: Element>(s: S, job: &Job<'_>, panels: std::ops::Range<us
                     c_row: taken * PANEL,
                     fresh: true,
                     ahead: AHEAD_BYTES,
+                    next_lines: 0,
                 };
                 tiles::<S, E, PACKED>(s, height, taken, t);
             }
@@ -735,6 +739,7 @@ impl Op for ManyRows<'_> {
                         c_row: PANEL,
                         fresh: start == 0,
                         ahead: 0,
+                        next_lines: 0,
                     };
                     tiles::<S, f32, PACKED>(s, height, 1, t);
                 }

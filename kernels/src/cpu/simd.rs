@@ -388,7 +388,7 @@ mod x86 {
         #[inline(always)]
         fn prefetch(self, p: *const u8) {
             // SAFETY: a prefetch never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
         }
         #[inline(always)]
         unsafe fn load(self, p: *const f32) -> __m512 {
@@ -512,7 +512,7 @@ mod x86 {
         #[inline(always)]
         fn prefetch(self, p: *const u8) {
             // SAFETY: a prefetch never faults.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
         }
         #[inline(always)]
         unsafe fn load(self, p: *const f32) -> Self::F {
