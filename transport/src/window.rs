@@ -3,7 +3,7 @@
 use crate::transport::{RegionId, TransportError};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
@@ -35,18 +35,23 @@ pub(crate) struct Landing {
     peer: NodeId,
     window: Window,
     extent: Extent,
-    state: Mutex<State>,
-    /// A piece is in its place: for those who wait for that.
-    landed: Condvar,
+    /// Which bytes are being written: those of a stripe by the holder of its lock alone. Stripe by stripe, so
+    /// that many threads land in one window and seldom meet. Byte b belongs to stripe `b / STRIPE`, modulo
+    /// their number. Locked in order; closed from the first on.
+    stripes: Box<[Stripe]>,
     /// Set while the window is open. A window is one peer's, and a peer has at most one keeper in its life.
     keeper: OnceLock<Weak<dyn Keeper>>,
 }
 
-struct State {
-    open: bool,
-    /// What is being written now. No two of these overlap, so no byte has two writers.
-    busy: Vec<Range<usize>>,
-}
+/// Bytes of a stripe: a few pieces of what a thread lands at a time.
+const STRIPE: usize = 64 << 10;
+/// Stripes of a window, at most.
+const MAX_STRIPES: usize = 64;
+
+/// On a cache line of its own; whether the window is closed.
+#[derive(Default)]
+#[repr(align(64))]
+struct Stripe(Mutex<bool>);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Every critical section here leaves its data consistent at each step, so a panic elsewhere is no reason
@@ -94,8 +99,9 @@ impl Windows {
                 peer,
                 window,
                 extent,
-                state: Mutex::new(State { open: true, busy: Vec::new() }),
-                landed: Condvar::new(),
+                stripes: (0..range.len().div_ceil(STRIPE).clamp(1, MAX_STRIPES))
+                    .map(|_| Stripe::default())
+                    .collect(),
                 keeper: OnceLock::new(),
             }),
         );
@@ -154,11 +160,9 @@ impl Landing {
     #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
     #[must_use]
     pub(crate) fn keep(&self, keeper: Weak<dyn Keeper>) -> bool {
-        let state = lock(&self.state);
-        if state.open {
+        self.complete(|| {
             let _ = self.keeper.set(keeper);
-        }
-        state.open
+        })
     }
 
     /// Copies a piece to its place, unless the window has been closed or the piece leaves it.
@@ -181,18 +185,14 @@ impl Landing {
         let Ok(place) = self.extent.part(start..end) else {
             return false;
         };
-        let mut state = lock(&self.state);
-        while state.open && state.busy.iter().any(|other| other.start < end && start < other.end) {
-            state = self.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if !state.open {
+        let held: Vec<MutexGuard<'_, bool>> =
+            self.stripes_of(start..end).map(|i| lock(&self.stripes[i].0)).collect();
+        if held.iter().any(|closed| **closed) {
             return false;
         }
-        state.busy.push(start..end);
-        drop(state);
-        let _busy = Busy { landing: self, range: start..end };
         // SAFETY: the window is open, so its opener promised not to touch the range before it is closed, which
-        // waits until this range is no longer busy; windows do not overlap, and neither do busy ranges.
+        // waits for the stripes held here; windows do not overlap, and whoever else writes any of these bytes
+        // needs one of these stripes too.
         write(unsafe { place.bytes_mut() });
         true
     }
@@ -200,38 +200,33 @@ impl Landing {
     /// Runs `report` if the window is still open: what it reports was landed before the window closed.
     #[must_use]
     pub(crate) fn complete(&self, report: impl FnOnce()) -> bool {
-        let state = lock(&self.state);
-        if state.open {
+        let closed = lock(&self.stripes[0].0);
+        if !*closed {
             report();
         }
-        state.open
+        !*closed
     }
 
     /// Nothing lands from now on; waits for the pieces that are being written.
     fn close(&self) {
-        let mut state = lock(&self.state);
-        state.open = false;
-        self.landed.notify_all();
-        while !state.busy.is_empty() {
-            state = self.landed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        for stripe in &self.stripes {
+            *lock(&stripe.0) = true;
         }
     }
-}
 
-/// A range of a window while it is written.
-struct Busy<'a> {
-    landing: &'a Landing,
-    range: Range<usize>,
-}
-
-impl Drop for Busy<'_> {
-    fn drop(&mut self) {
-        let mut state = lock(&self.landing.state);
-        if let Some(at) = state.busy.iter().position(|range| *range == self.range) {
-            state.busy.swap_remove(at);
-        }
-        drop(state);
-        self.landing.landed.notify_all();
+    /// The stripes of a range, ascending, so that two who need some of the same ones never wait for each other.
+    fn stripes_of(&self, range: Range<usize>) -> impl Iterator<Item = usize> + use<> {
+        let all = self.stripes.len();
+        let (first, last) = (range.start / STRIPE, range.end.saturating_sub(1).max(range.start) / STRIPE);
+        let (first_index, last_index) = (first % all, last % all);
+        let (low, high) = if last - first >= all {
+            (0..0, 0..all)
+        } else if first_index <= last_index {
+            (0..0, first_index..last_index + 1)
+        } else {
+            (0..last_index + 1, first_index..all)
+        };
+        low.chain(high)
     }
 }
 
@@ -267,6 +262,69 @@ mod tests {
         assert!(matches!(open(4000..4097), Err(TransportError::OutOfRegion { .. })));
         windows.close(middle.key);
         open(1000..2000).unwrap();
+    }
+
+    #[test]
+    fn a_range_holds_the_stripes_of_all_its_bytes() {
+        let windows = Windows::default();
+        let region = windows.register(HostRegion::map(4 * MAX_STRIPES * STRIPE).unwrap()).unwrap();
+        for (key, len) in
+            [1, STRIPE, 3 * STRIPE, 3 * STRIPE + 1, 4 * MAX_STRIPES * STRIPE].into_iter().enumerate()
+        {
+            let window = windows.open(PEER, region, 0..len, || key as u64).unwrap();
+            let landing = windows.find(PEER, &window, 0, len as u64).unwrap();
+            let all = landing.stripes.len();
+            let edges =
+                [0, 1, STRIPE - 1, STRIPE, STRIPE + 1, 2 * STRIPE, 5 * STRIPE / 2, 70 * STRIPE, len - 1, len];
+            let ranges = edges.iter().flat_map(|start| edges.iter().map(move |end| *start..*end));
+            for range in ranges.filter(|range| range.start <= range.end && range.end <= len) {
+                let stripes: Vec<usize> = landing.stripes_of(range.clone()).collect();
+                assert!(stripes.is_sorted() && stripes.last().is_none_or(|last| *last < all), "{stripes:?}");
+                for byte in range.step_by(STRIPE / 2) {
+                    assert!(stripes.contains(&(byte / STRIPE % all)), "byte {byte} among {all}: {stripes:?}");
+                }
+            }
+            windows.close(window.key);
+        }
+    }
+
+    /// Two that write the same bytes take turns; a third beside them does not wait; closing waits for all.
+    #[test]
+    fn pieces_that_overlap_take_turns() {
+        let windows = Windows::default();
+        let region = windows.register(HostRegion::map(4 * STRIPE).unwrap()).unwrap();
+        let window = windows.open(PEER, region, 0..4 * STRIPE, || 1).unwrap();
+        let landing = windows.find(PEER, &window, 0, 1).unwrap();
+        let writers = std::sync::atomic::AtomicUsize::new(0);
+        let (entered, entries) = std::sync::mpsc::channel();
+        let (leave, left) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            let (landing, writers) = (&landing, &writers);
+            scope.spawn(move || {
+                assert!(landing.land_by(10, STRIPE, |_| {
+                    assert_eq!(writers.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                    entered.send(()).unwrap();
+                    left.recv().unwrap();
+                    writers.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                }));
+            });
+            entries.recv().unwrap();
+            // Elsewhere in the window while the first is at it.
+            assert!(landing.land(2 * STRIPE as u64 + 20, &[1]));
+            let second = scope.spawn(move || {
+                landing.land_by(STRIPE as u64, 1, |_| {
+                    assert_eq!(writers.fetch_add(1, std::sync::atomic::Ordering::SeqCst), 0);
+                    writers.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
+                })
+            });
+            let closing = scope.spawn(|| windows.close(window.key));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!second.is_finished() && !closing.is_finished());
+            leave.send(()).unwrap();
+            closing.join().unwrap();
+            let _ = second.join().unwrap();
+            assert!(!landing.land(0, &[1]));
+        });
     }
 
     #[test]
