@@ -3,16 +3,17 @@
 //! On the connection's first stream: the dialler's [`Hello`], the answerer's [`Hello`], the dialler's
 //! confirmation with the last life that it saw end, the answerer's verdict. A pair of nodes has one life at a
 //! time in each plane; [`admits`] decides between two. On the first connection of the data plane there follow
-//! the answerer's [`Offers`], and, once all other connections and lanes are made, the dialler's choice of
-//! paths and the answerer's word that the life has begun.
+//! the answerer's [`Offers`], and, once all other connections and lanes are made, the dialler's [`Choice`] of
+//! paths and the answerer's word that the life has begun. This stream stays open: when the lanes of a life have
+//! failed, the dialler asks on it for more ([`Exchange::ask_for_lanes`]), and offers, choice and word follow again.
 
-use crate::net::lane::Path;
+use crate::net::lane::{Generation, Path};
 use crate::{shm, tls};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use tandem_proto::ids::NodeId;
 
 /// The version of everything below the messages: handshake, framing, write headers.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
 
 const MAGIC: [u8; 4] = *b"tndm";
 const HELLO_BYTES: usize = 4 + 2 + 8 + 8 + 2 + 2 + 2 * MAX_PORTS;
@@ -65,6 +66,8 @@ pub(crate) enum HandshakeError {
     Magic,
     #[error("its offers make no sense")]
     Offers,
+    #[error("it wants lanes that are not to be had here")]
+    Choice,
     #[error("it speaks transport version {0}, this build speaks {VERSION}: run the same build everywhere")]
     Version(u16),
 }
@@ -171,6 +174,43 @@ impl Offers {
     }
 }
 
+/// The longest text of a [`Choice`], in bytes.
+const MAX_WHY: usize = 512;
+
+/// What the dialler makes of the offers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Choice {
+    /// The paths that writes may take, the best first.
+    pub(crate) paths: Vec<Path>,
+    /// Why not a better one: one line.
+    pub(crate) why: String,
+}
+
+impl Choice {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = vec![self.paths.len() as u8];
+        out.extend(self.paths.iter().map(|path| path.code()));
+        let cut = self.why.floor_char_boundary(MAX_WHY);
+        out.extend_from_slice(&(cut as u16).to_le_bytes());
+        out.extend_from_slice(&self.why.as_bytes()[..cut]);
+        out
+    }
+
+    fn decode(codes: &[u8], why: &[u8]) -> Option<Choice> {
+        let paths: Option<Vec<Path>> = codes.iter().map(|code| Path::of_code(*code)).collect();
+        // It goes to the log as it is.
+        let why = String::from_utf8_lossy(why).replace(char::is_control, " ");
+        Some(Choice { paths: paths?, why })
+    }
+
+    pub(crate) fn fuzz(bytes: &[u8]) {
+        let (codes, why) = bytes.split_at(bytes.len() / 2);
+        if let Some(choice) = Choice::decode(codes, why) {
+            assert!(!choice.why.contains(char::is_control));
+        }
+    }
+}
+
 /// A handshake under way, on the connection's first stream.
 pub(crate) struct Exchange {
     pub(crate) send: SendStream,
@@ -248,26 +288,54 @@ impl Exchange {
         Ok(bytes)
     }
 
-    /// The dialler's choice, answered when the answerer has begun.
-    pub(crate) async fn begin(&mut self, paths: &[Path]) -> Result<(), HandshakeError> {
-        let mut choice = vec![paths.len() as u8];
-        choice.extend(paths.iter().map(|path| path.code()));
-        self.send.write_all(&choice).await?;
-        Ok(self.recv.read_exact(&mut [0]).await?)
+    /// The dialler's choice, answered when the answerer's lanes carry writes: whether they do.
+    pub(crate) async fn choose(&mut self, choice: &Choice) -> Result<bool, HandshakeError> {
+        self.send.write_all(&choice.encode()).await?;
+        let mut begun = [0];
+        self.recv.read_exact(&mut begun).await?;
+        Ok(begun == [1])
     }
 
-    /// The dialler's choice: one path at least, the best first.
-    pub(crate) async fn beginning(&mut self) -> Result<Vec<Path>, HandshakeError> {
+    /// The dialler's choice.
+    pub(crate) async fn chosen(&mut self) -> Result<Choice, HandshakeError> {
         let mut count = [0];
         self.recv.read_exact(&mut count).await?;
         let mut codes = vec![0; usize::from(count[0])];
         self.recv.read_exact(&mut codes).await?;
-        let paths: Option<Vec<Path>> = codes.into_iter().map(Path::of_code).collect();
-        paths.filter(|paths| !paths.is_empty()).ok_or(HandshakeError::Offers)
+        let mut len = [0; 2];
+        self.recv.read_exact(&mut len).await?;
+        let len = usize::from(u16::from_le_bytes(len));
+        if len > MAX_WHY {
+            return Err(HandshakeError::Choice);
+        }
+        let mut why = vec![0; len];
+        self.recv.read_exact(&mut why).await?;
+        Choice::decode(&codes, &why).ok_or(HandshakeError::Choice)
     }
 
-    pub(crate) async fn begun(&mut self) -> Result<(), HandshakeError> {
-        Ok(self.send.write_all(&[1]).await?)
+    pub(crate) async fn begun(&mut self, begun: bool) -> Result<(), HandshakeError> {
+        Ok(self.send.write_all(&[u8::from(begun)]).await?)
+    }
+
+    /// The dialler wants lanes of this generation: those up to `failed` are over.
+    pub(crate) async fn ask_for_lanes(
+        &mut self,
+        generation: Generation,
+        failed: Generation,
+    ) -> Result<(), HandshakeError> {
+        let mut asked = [0; 8];
+        asked[..4].copy_from_slice(&generation.0.to_le_bytes());
+        asked[4..].copy_from_slice(&failed.0.to_le_bytes());
+        Ok(self.send.write_all(&asked).await?)
+    }
+
+    /// The generation that the dialler wants, and the last that has failed there. Comes when it may, as long as the
+    /// session lasts.
+    pub(crate) async fn asked_for_lanes(&mut self) -> Result<(Generation, Generation), HandshakeError> {
+        let mut asked = [0; 8];
+        self.recv.read_exact(&mut asked).await?;
+        let [a, b, c, d, e, f, g, h] = asked;
+        Ok((Generation(u32::from_le_bytes([a, b, c, d])), Generation(u32::from_le_bytes([e, f, g, h]))))
     }
 
     pub(crate) async fn verdict(&mut self, admitted: bool) -> Result<(), HandshakeError> {
@@ -345,6 +413,18 @@ mod tests {
         }
         assert_eq!(Offers::decode(&[0; 31]), None);
         assert_eq!(Offers::decode(&[0; 34]), None);
+    }
+
+    #[test]
+    fn choices_survive_the_wire_and_are_one_line_each() {
+        let choice = Choice { paths: vec![Path::Tls, Path::Quic], why: "shm: another host".into() };
+        let bytes = choice.encode();
+        assert_eq!(bytes[..3], [2, Path::Tls.code(), Path::Quic.code()]);
+        assert_eq!(Choice::decode(&bytes[1..3], &bytes[5..]), Some(choice));
+        assert_eq!(Choice::decode(&[], "a\n\u{1b}b".as_bytes()).unwrap().why, "a  b");
+        assert_eq!(Choice::decode(&[0], &[]), None);
+        let long = Choice { paths: Vec::new(), why: "ä".repeat(MAX_WHY) };
+        assert_eq!(long.encode().len(), 3 + MAX_WHY);
     }
 
     /// Both dial at once; the confirmations and verdicts cross in every order.

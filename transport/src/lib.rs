@@ -33,8 +33,9 @@ mod window;
 pub use endpoint::bare_endpoint;
 pub use endpoint::{BindError, Tuning};
 pub use identity::{Identity, IdentityError};
+pub use net::counters::{PathMetrics, PeerStatus, WRITE_TIME_BOUNDS_US, WriteTimes};
 pub use net::lane::Path;
-pub use net::{NetConfig, NetMetrics, NetTransport, PathMetrics};
+pub use net::{NetConfig, NetMetrics, NetObserver, NetTransport};
 pub use tandem_proto::wire::Window;
 pub use transport::{
     Event, FailReason, RegionId, SeverReason, SubmitError, Transport, TransportError, Write,
@@ -46,6 +47,7 @@ pub use transport::{
 pub fn decode_anything(bytes: &[u8]) {
     handshake::Hello::fuzz(bytes);
     handshake::Offers::fuzz(bytes);
+    handshake::Choice::fuzz(bytes);
     net::fuzz(bytes);
     shm::fuzz(bytes);
     tls::fuzz(bytes);

@@ -182,8 +182,8 @@ impl Link {
         }
         let header = Header::decode(&bytes).ok_or(RuleBroken("write header of another version"))?;
         let Header { window, offset, len, immediate, sequence, failed, .. } = header;
-        if let Some(path) = failed {
-            if !node.path_failed(life, path) {
+        if let Some(generation) = failed {
+            if !node.failed_at_peer(life, generation) {
                 return Ok(());
             }
             if life.has_landed(sequence) {
@@ -193,7 +193,7 @@ impl Link {
             }
         }
         let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
-            self.refuse(node, stream, sequence);
+            self.refuse(node, life, stream, sequence);
             return Ok(());
         };
         let mut received = 0;
@@ -207,7 +207,7 @@ impl Link {
                     };
                     received += bytes;
                     if !landing.land(offset + at, &chunk.bytes) {
-                        self.refuse(node, stream, sequence);
+                        self.refuse(node, life, stream, sequence);
                         return Ok(());
                     }
                 }
@@ -219,16 +219,16 @@ impl Link {
             return Err(RuleBroken("write shorter than its header says"));
         }
         if landing.complete(|| node.report_landed(life.peer, immediate, len, window.key)) {
-            node.count_landed(Path::Quic, len);
+            node.count_landed(life, Path::Quic, len);
             self.acknowledge(Ack { sequence, landed: true });
         } else {
-            self.refuse(node, stream, sequence);
+            self.refuse(node, life, stream, sequence);
         }
         Ok(())
     }
 
-    fn refuse(&self, node: &Node, mut stream: RecvStream, sequence: u64) {
-        node.count_refused();
+    fn refuse(&self, node: &Node, life: &Life, mut stream: RecvStream, sequence: u64) {
+        node.count_refused(life, Path::Quic);
         // The rest need not come; if all of it has, stopping does nothing.
         let _ = stream.stop(VarInt::from_u32(0));
         self.acknowledge(Ack { sequence, landed: false });

@@ -38,8 +38,17 @@ fn id(node: usize) -> NodeId {
 }
 
 fn pair(identity: &Identity, paths: &[Path]) -> [Node; 2] {
+    pair_that_repairs(identity, paths, Duration::from_secs(3600))
+}
+
+fn pair_that_repairs(identity: &Identity, paths: &[Path], pause: Duration) -> [Node; 2] {
     let mut nodes = [0, 1].map(|node| {
-        let config = NetConfig { paths: paths.to_vec(), ..NetConfig::default() };
+        let config = NetConfig {
+            paths: paths.to_vec(),
+            tls_connections: 2,
+            repair: pause..=pause,
+            ..NetConfig::default()
+        };
         let mut transport = NetTransport::bind(ANY, identity, id(node), config).unwrap();
         let memory = HostRegion::map(REGION).unwrap();
         let region = transport.register(Arc::clone(&memory)).unwrap();
@@ -83,13 +92,22 @@ fn random(state: &mut u64, below: usize) -> usize {
 
 /// Submits writes of random sizes that fill the region; returns where each goes.
 fn submit_all(nodes: &mut [Node; 2], window: Window, rng: &mut u64) -> BTreeMap<u64, (usize, usize)> {
+    submit_from(nodes, 0, window, rng)
+}
+
+fn submit_from(
+    nodes: &mut [Node; 2],
+    writer: usize,
+    window: Window,
+    rng: &mut u64,
+) -> BTreeMap<u64, (usize, usize)> {
     let (mut at, mut writes) = (0, BTreeMap::new());
     while at < REGION {
         let len = (1 + random(rng, 200_000)).min(REGION - at);
         let ticket = writes.len() as u64;
-        let source = nodes[0].memory.extent(at..at + len).unwrap();
+        let source = nodes[writer].memory.extent(at..at + len).unwrap();
         let write = Write { ticket, source, window, offset: at as u64, immediate: ticket as u32 };
-        nodes[0].transport.submit(id(1), write).unwrap();
+        nodes[writer].transport.submit(id(1 - writer), write).unwrap();
         writes.insert(ticket, (at, len));
         at += len;
     }
@@ -160,9 +178,125 @@ fn fails_without_loss(path: Path) {
         let wrong = bytes(&nodes[1].memory).iter().enumerate().find(|(at, b)| **b != byte(round, *at));
         assert_eq!(wrong, None, "round {round}");
         assert_eq!(nodes[failing].transport.path(id(1 - failing)), Some(Path::Quic));
-        repeated += nodes[0].transport.metrics().writes_repeated;
+        repeated += nodes[0].transport.metrics().writes_repeated();
     }
     assert!(repeated > 1000, "only {repeated} writes were under way when their lane failed");
+}
+
+#[test]
+fn shared_memory_is_taken_again_and_again() {
+    is_taken_again(Path::Shm);
+}
+
+#[test]
+fn tls_is_taken_again_and_again() {
+    is_taken_again(Path::Tls);
+}
+
+/// What the process holds: descriptors, shared memory, threads.
+fn held() -> [usize; 3] {
+    [open_files(), mappings(), std::fs::read_dir("/proc/self/task").unwrap().count()]
+}
+
+/// One session, in which both nodes write while their lane fails over and over, at either side, whatever it is doing.
+fn is_taken_again(path: Path) {
+    const ROUNDS: usize = 120;
+    let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
+    let mut nodes = pair_that_repairs(&identity(), &[path, Path::Quic], Duration::from_millis(1));
+    let mut rng = 5;
+    let mut held_before = None;
+    let mut by_lane = 0;
+    for round in 0..ROUNDS {
+        let writer = round % 2;
+        let reader = 1 - writer;
+        for (at, to) in bytes(&nodes[writer].memory).iter_mut().enumerate() {
+            *to = byte(round, at);
+        }
+        // On both sides: whoever takes it last is not there yet when the other one begins.
+        let region = nodes[reader].region;
+        let window = nodes[reader].transport.open_window(id(writer), region, 0..REGION).unwrap();
+        nodes.iter_mut().for_each(|node| node.events.clear());
+        let mut failures = 1 + random(&mut rng, 3);
+        let by_lane_before = nodes[reader].transport.metrics().paths[path as usize].writes_landed;
+        let writes = submit_from(&mut nodes, writer, window, &mut rng);
+        let begun = Instant::now();
+        let mut next = Duration::from_micros(random(&mut rng, 2000) as u64);
+        loop {
+            for node in &mut nodes {
+                node.transport.poll(&mut node.events);
+            }
+            let reported = nodes[writer].events.iter().filter(|e| matches!(e, Event::Sent { .. })).count();
+            if reported == writes.len() {
+                break;
+            }
+            if failures > 0 && begun.elapsed() > next {
+                failures -= 1;
+                next = begun.elapsed() + Duration::from_micros(random(&mut rng, 4000) as u64);
+                let failing = random(&mut rng, 2);
+                nodes[failing].transport.fail_path(id(1 - failing), path);
+            }
+            assert!(begun.elapsed() < PATIENCE, "round {round}: {reported} of {} writes", writes.len());
+        }
+        // What lands twice does so late.
+        std::thread::sleep(Duration::from_millis(2));
+        let Node { transport, events, .. } = &mut nodes[reader];
+        transport.poll(events);
+        let once: BTreeMap<u32, usize> = landed(&nodes[reader].events);
+        let all: BTreeMap<u32, usize> = writes.keys().map(|ticket| (*ticket as u32, 1)).collect();
+        assert_eq!(once, all, "round {round}: each lands once");
+        let wrong = bytes(&nodes[reader].memory).iter().enumerate().find(|(at, b)| **b != byte(round, *at));
+        assert_eq!(wrong, None, "round {round}");
+        nodes[reader].transport.close_window(window);
+        by_lane += nodes[reader].transport.metrics().paths[path as usize].writes_landed - by_lane_before;
+        // At the moment when one side has it again, half of the time: the other one has not.
+        let waits_for = if round % 4 < 2 { &[0, 1][..] } else { &[round % 2][..] };
+        let begun = Instant::now();
+        while waits_for.iter().any(|node| nodes[*node].transport.path(id(1 - node)) != Some(path)) {
+            assert!(begun.elapsed() < PATIENCE, "round {round}: the path is not taken again");
+            std::thread::yield_now();
+        }
+        if round == ROUNDS / 4 {
+            held_before = Some(settled_at(held));
+        }
+    }
+    let metrics = nodes.each_ref().map(|node| node.transport.metrics().paths[path as usize]);
+    assert!(metrics.iter().all(|m| m.failed >= 100 && m.opened > 100), "{metrics:?}");
+    assert!(metrics.iter().all(|m| m.writes_repeated > 0), "{metrics:?}");
+    assert!(by_lane > ROUNDS as u64, "only {by_lane} writes took the lane");
+    let begun = Instant::now();
+    while nodes.iter().zip([1, 0]).any(|(node, peer)| node.transport.path(id(peer)) != Some(path)) {
+        assert!(begun.elapsed() < PATIENCE);
+        std::thread::yield_now();
+    }
+    assert_eq!(
+        Some(settled_at(held)),
+        held_before,
+        "descriptors, mappings and threads after {ROUNDS} rounds"
+    );
+}
+
+/// How often each immediate has landed.
+fn landed(events: &[Event]) -> BTreeMap<u32, usize> {
+    let mut landed = BTreeMap::new();
+    for event in events {
+        if let Event::Landed { immediate, .. } = event {
+            *landed.entry(*immediate).or_default() += 1;
+        }
+    }
+    landed
+}
+
+/// A value once it stays the same for a while.
+fn settled_at<T: PartialEq>(measure: impl Fn() -> T) -> T {
+    let (mut last, mut since) = (measure(), Instant::now());
+    while since.elapsed() < Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(10));
+        let now = measure();
+        if now != last {
+            (last, since) = (now, Instant::now());
+        }
+    }
+    last
 }
 
 /// Either process ends without a word at a random time; the other one notices, and all is free again.

@@ -28,6 +28,7 @@ fn nodes() -> Option<[NetTransport; 2]> {
             rdma_devices: vec![device],
             // Soft-RoCE keeps the machine's cores busy while its link is down, and the session must outlive that.
             tuning: Tuning { dead_after: Duration::from_secs(10), ..Tuning::default() },
+            repair: Duration::from_millis(200)..=Duration::from_millis(500),
             ..NetConfig::default()
         };
         NetTransport::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &identity, id, config).unwrap()
@@ -57,6 +58,74 @@ fn fill(memory: &HostRegion, seed: u8) {
     bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at % 253) as u8 ^ seed);
 }
 
+fn set_link(state: &str) {
+    assert!(Command::new("ip").args(["link", "set", "eth1", state]).status().unwrap().success());
+}
+
+/// Writes everything once, under way while `meanwhile` runs; each write lands once, with its bytes.
+fn transfer(nodes: &mut [NetTransport; 2], seed: u8, meanwhile: impl FnOnce()) {
+    const LEN: usize = 1 << 20;
+    const WRITES: usize = 8;
+    let [source, target] = [0; 2].map(|_| HostRegion::map(LEN * WRITES).unwrap());
+    fill(&source, seed);
+    let region = nodes[1].register(target.clone()).unwrap();
+    let windows: Vec<_> = (0..WRITES)
+        .map(|write| nodes[1].open_window(WRITER, region, write * LEN..(write + 1) * LEN).unwrap())
+        .collect();
+    for (write, window) in windows.iter().enumerate() {
+        let source = source.extent(write * LEN..(write + 1) * LEN).unwrap();
+        let (ticket, immediate) = (write as u64, write as u32);
+        nodes[0].submit(READER, Write { ticket, source, window: *window, offset: 0, immediate }).unwrap();
+    }
+    meanwhile();
+    let seen = poll(nodes, "all writes", |seen| seen.iter().all(|seen| seen.len() >= WRITES));
+    for (node, events) in seen.iter().enumerate() {
+        let mut names: Vec<u64> = events
+            .iter()
+            .map(|event| match event {
+                Event::Sent { ticket, .. } => *ticket,
+                Event::Landed { immediate, .. } => u64::from(*immediate),
+                other => panic!("node {node}: {other:?}"),
+            })
+            .collect();
+        names.sort_unstable();
+        assert_eq!(names, (0..WRITES as u64).collect::<Vec<_>>(), "node {node}: each once");
+    }
+    windows.into_iter().for_each(|window| nodes[1].close_window(window));
+    // SAFETY: everything has landed, and the windows are closed.
+    let [source, target] =
+        [&source, &target].map(|memory| unsafe { std::slice::from_raw_parts(memory.base(), memory.len()) });
+    assert!(source == target, "bytes differ");
+}
+
+/// Comes before the other test by its name, and leaves the link up.
+#[test]
+fn a_link_that_comes_back_is_taken_again() {
+    let Some(mut nodes) = nodes() else { return };
+    let address = nodes[1].local_addr();
+    nodes[0].connect(READER, address);
+    poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
+    let paths = |nodes: &[NetTransport; 2]| [nodes[0].path(READER), nodes[1].path(WRITER)];
+    let wait = |nodes: &[NetTransport; 2], path: Path| {
+        let began = Instant::now();
+        while paths(nodes) != [Some(path); 2] {
+            assert!(began.elapsed() < PATIENCE, "{path} is not taken: {:?}", paths(nodes));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    for cycle in 0..3 {
+        wait(&nodes, Path::Rdma);
+        let by_rdma = |nodes: &[NetTransport; 2]| nodes[1].metrics().paths[Path::Rdma as usize].writes_landed;
+        let before = by_rdma(&nodes);
+        transfer(&mut nodes, 2 * cycle, || {});
+        assert_eq!(by_rdma(&nodes), before + 8, "cycle {cycle}");
+        transfer(&mut nodes, 2 * cycle + 1, || set_link("down"));
+        wait(&nodes, Path::Quic);
+        set_link("up");
+    }
+    wait(&nodes, Path::Rdma);
+}
+
 #[test]
 fn a_link_that_is_cut_costs_no_write() {
     const LEN: usize = 1 << 20;
@@ -77,7 +146,7 @@ fn a_link_that_is_cut_costs_no_write() {
         nodes[0].submit(READER, write).unwrap();
     }
     let first = poll(&mut nodes, "the first landing", |seen| !seen[1].is_empty());
-    assert!(Command::new("ip").args(["link", "set", "eth1", "down"]).status().unwrap().success());
+    set_link("down");
     let cut = Instant::now();
     let over_rdma = nodes[1].metrics().paths[Path::Rdma as usize].writes_landed;
     let left = [0, 1].map(|node: usize| WRITES - first[node].len());

@@ -132,9 +132,14 @@ fn identity() -> Identity {
 }
 
 fn nodes(paths: &[Path]) -> [Node; 2] {
+    nodes_that_repair(paths, Duration::from_secs(3600))
+}
+
+fn nodes_that_repair(paths: &[Path], pause: Duration) -> [Node; 2] {
     let identity = identity();
     [1, 2].map(|id| {
-        let config = NetConfig { paths: paths.to_vec(), tls_connections: 2, ..NetConfig::default() };
+        let (paths, repair) = (paths.to_vec(), pause..=pause);
+        let config = NetConfig { paths, tls_connections: 2, repair, ..NetConfig::default() };
         let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(id), config).unwrap();
         let region = HostRegion::map(REGION).unwrap();
         let registered = transport.register(Arc::clone(&region)).unwrap();
@@ -312,6 +317,26 @@ fn what_tcp_loses_goes_by_quic() {
         until(&mut nodes, |nodes| nodes.iter().all(|node| metrics(node, Path::Tls).failed == 2));
         assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Quic));
     }
+}
+
+/// The network cuts TCP once, and lets it through again.
+#[test]
+fn tls_that_was_cut_is_taken_again() {
+    let mut random = Random(seed());
+    let mut nodes = nodes_that_repair(&[Path::Tls, Path::Quic], Duration::from_millis(20));
+    let relay = Relay::new(nodes[1].transport.local_addr(), Mood::Cuts(100_000));
+    connect(&mut nodes, relay.addr);
+    transfer(&mut nodes, 30, &mut random);
+    until(&mut nodes, |nodes| nodes.iter().all(|node| metrics(node, Path::Tls).failed == 2));
+    let taken = |node: &Node, peer| node.transport.path(NodeId(peer)) == Some(Path::Tls);
+    until(&mut nodes, |nodes| taken(&nodes[0], 2) && taken(&nodes[1], 1));
+    let by =
+        |nodes: &[Node; 2], path| nodes.iter().map(|node| metrics(node, path).writes_landed).sum::<u64>();
+    let before = [Path::Tls, Path::Quic].map(|path| by(&nodes, path));
+    transfer(&mut nodes, 30, &mut random);
+    let after = [Path::Tls, Path::Quic].map(|path| by(&nodes, path));
+    assert!(after[0] > before[0] && after[1] == before[1], "{before:?}, {after:?}");
+    assert!(nodes.iter().all(|node| metrics(node, Path::Tls).opened == 4));
 }
 
 #[test]

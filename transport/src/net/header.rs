@@ -1,10 +1,10 @@
 //! What precedes each write on its stream, and what the reader answers.
 
-use super::lane::Path;
+use super::lane::Generation;
 use crate::handshake::VERSION;
 use tandem_proto::wire::Window;
 
-pub(crate) const HEADER_BYTES: usize = 67;
+pub(crate) const HEADER_BYTES: usize = 70;
 pub(crate) const ACK_BYTES: usize = 9;
 
 /// Announces a write. Its bytes follow until the end of the stream.
@@ -19,8 +19,8 @@ pub(crate) struct Header {
     pub(crate) sequence: u64,
     /// No write before this is repeated any more: all have been reported.
     pub(crate) floor: u64,
-    /// The path that failed before it had acknowledged this write, if it is repeated.
-    pub(crate) failed: Option<Path>,
+    /// If it is repeated: lanes of this generation and before have failed, and it may have been sent by one of them.
+    pub(crate) failed: Option<Generation>,
 }
 
 /// The fate of a write, told by the side where it was to land.
@@ -54,11 +54,11 @@ impl Header {
         put(&self.immediate.to_le_bytes());
         put(&self.sequence.to_le_bytes());
         put(&self.floor.to_le_bytes());
-        put(&[self.failed.map_or(0, Path::code)]);
+        put(&Generation::encode(self.failed).to_le_bytes());
         out
     }
 
-    /// None if it is another version's, or names a path that there is not.
+    /// None if it is another version's.
     pub(crate) fn decode(bytes: &[u8; HEADER_BYTES]) -> Option<Header> {
         let mut rest = &bytes[..];
         if u16::from_le_bytes(take(&mut rest)?) != VERSION {
@@ -76,10 +76,7 @@ impl Header {
             immediate: u32::from_le_bytes(take(&mut rest)?),
             sequence: u64::from_le_bytes(take(&mut rest)?),
             floor: u64::from_le_bytes(take(&mut rest)?),
-            failed: match take(&mut rest)? {
-                [0] => None,
-                [code] => Some(Path::of_code(code)?),
-            },
+            failed: Generation::decode(u32::from_le_bytes(take(&mut rest)?)),
         })
     }
 }
@@ -131,10 +128,10 @@ mod tests {
             immediate: u32::MAX - 7,
             sequence: 8,
             floor: 9,
-            failed: Some(Path::Shm),
+            failed: Some(Generation(u32::MAX)),
         };
         let bytes = header.encode();
-        assert_eq!(bytes[HEADER_BYTES - 1], Path::Shm.code(), "the header fills its bytes");
+        assert_eq!(bytes[HEADER_BYTES - 1], 0xff, "the header fills its bytes");
         assert_eq!(Header::decode(&bytes), Some(header));
         let mut other = bytes;
         other[0] ^= 0xff;

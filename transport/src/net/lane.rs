@@ -67,9 +67,30 @@ impl std::str::FromStr for Path {
     }
 }
 
+/// Lanes that were made together, as both sides count them in a life. QUIC's own are of [`Generation::SESSION`], and
+/// fail with the life; those beside them are made anew when they have failed, and each time the number grows.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Generation(pub(crate) u32);
+
+impl Generation {
+    pub(crate) const SESSION: Generation = Generation(0);
+
+    pub(crate) fn encode(failed: Option<Generation>) -> u32 {
+        failed.map_or(0, |generation| generation.0)
+    }
+
+    /// The lanes of a session never fail while it goes on.
+    pub(crate) fn decode(number: u32) -> Option<Generation> {
+        (number > 0).then_some(Generation(number))
+    }
+}
+
 /// Which lane of a life; never used again in it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct LaneId(pub(crate) u16);
+pub(crate) struct LaneId {
+    pub(crate) generation: Generation,
+    pub(crate) number: u32,
+}
 
 /// A write to be sent.
 pub(crate) struct Job {
@@ -78,7 +99,7 @@ pub(crate) struct Job {
     /// See [`Header`].
     pub(crate) floor: u64,
     /// See [`Header`].
-    pub(crate) failed: Option<Path>,
+    pub(crate) failed: Option<Generation>,
 }
 
 impl Job {
@@ -99,8 +120,9 @@ impl Job {
 ///
 /// A lane lands the peer's writes through the node's windows and answers each, and settles its own when they
 /// are answered: [`Node::settle`]. When it fails while the life goes on it says so, once, with
-/// [`Node::lane_failed`]; what it has not settled is repeated on another lane. It answers what has landed only
-/// after [`Life::note_landed`], so that what is repeated for want of an answer lands once.
+/// [`Node::lane_failed`]; all lanes of its generation are left then, and what they have not settled is repeated on
+/// others. It answers what has landed only after [`Life::note_landed`], so that what is repeated for want of an answer
+/// lands once.
 pub(crate) trait Lane: Send + Sync {
     fn id(&self) -> LaneId;
 

@@ -3,11 +3,12 @@
 //! A pair of nodes has one *life* at a time: several QUIC connections, which authenticate, notice the dead and
 //! carry writes between any two hosts ([`crate::quic`]), and beside them faster *lanes* where there are some
 //! ([`crate::shm`], [`crate::tls`]). [`lane`] is the seam. A lane that fails is left, and what it had not
-//! delivered goes by QUIC: nothing is lost, nothing lands twice.
+//! delivered goes by QUIC: nothing is lost, nothing lands twice. While the life goes on it is made anew.
 //!
 //! Threads of its own do the work, those of QUIC each with a socket and a single-threaded runtime; the node
 //! loop only touches queues.
 
+pub(crate) mod counters;
 pub(crate) mod header;
 pub(crate) mod lane;
 pub(crate) mod life;
@@ -19,12 +20,13 @@ use crate::identity::Identity;
 use crate::quic::{MAX_STREAMS, STREAMS};
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
 use crate::{shm, tls};
+use counters::{PathMetrics, PeerStatus};
 pub(crate) use header::fuzz;
 use lane::Path;
 use node::{Node, Worker};
 use std::net::SocketAddr;
-use std::ops::Range;
-use std::sync::{Arc, mpsc};
+use std::ops::{Range, RangeInclusive};
+use std::sync::{Arc, Weak, mpsc};
 use std::task::Waker;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -60,6 +62,8 @@ pub struct NetConfig {
     pub event_limit: usize,
     /// How long connecting may take, lanes included.
     pub connect_timeout: Duration,
+    /// Pauses before lanes that failed are made anew: the first, and what it doubles to.
+    pub repair: RangeInclusive<Duration>,
     /// Connections with all peers, at most.
     pub connection_limit: usize,
     /// How QUIC is tuned.
@@ -78,6 +82,7 @@ impl Default for NetConfig {
             write_limit: 256,
             event_limit: 65_536,
             connect_timeout: Duration::from_secs(3),
+            repair: Duration::from_millis(500)..=Duration::from_secs(30),
             connection_limit: 4096,
             tuning: Tuning::default(),
         }
@@ -89,35 +94,18 @@ impl Default for NetConfig {
 pub struct NetMetrics {
     /// By path, in the order of [`Path::ALL`].
     pub paths: [PathMetrics; Path::ALL.len()],
-    /// Writes of peers that were refused here.
-    pub writes_refused: u64,
-    /// Writes that were sent again because their path had failed.
-    pub writes_repeated: u64,
     /// QUIC packets sent.
     pub packets_sent: u64,
     /// QUIC packets that had to be sent again.
     pub packets_lost: u64,
     /// Peers that came to be connected.
     pub connected: u64,
-    /// Peers whose connection ended.
-    pub severed: u64,
-}
-
-/// What has happened on one path.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct PathMetrics {
-    /// Which.
-    pub path: Path,
-    /// Writes that landed at peers.
-    pub writes_sent: u64,
-    /// Their bytes.
-    pub bytes_sent: u64,
-    /// Writes that landed here.
-    pub writes_landed: u64,
-    /// Their bytes.
-    pub bytes_landed: u64,
-    /// Lanes that failed while their session went on.
-    pub failed: u64,
+    /// Sessions that this node ended.
+    pub severed_asked: u64,
+    /// Sessions that peers ended, or that were lost.
+    pub severed_lost: u64,
+    /// Peers that could not be reached.
+    pub unreachable: u64,
 }
 
 impl NetMetrics {
@@ -131,6 +119,30 @@ impl NetMetrics {
     #[must_use]
     pub fn bytes_landed(&self) -> u64 {
         self.paths.iter().map(|path| path.bytes_landed).sum()
+    }
+
+    /// Writes that were sent again because their path had failed.
+    #[must_use]
+    pub fn writes_repeated(&self) -> u64 {
+        self.paths.iter().map(|path| path.writes_repeated).sum()
+    }
+}
+
+/// Sees what a [`NetTransport`] does, from any thread, as long as there is one.
+#[derive(Clone)]
+pub struct NetObserver(Weak<Node>);
+
+impl NetObserver {
+    /// What has happened since the start; none once the transport is gone.
+    #[must_use]
+    pub fn metrics(&self) -> Option<NetMetrics> {
+        self.0.upgrade().map(|node| node.metrics())
+    }
+
+    /// The peers that are connected, and those that were in the last five minutes.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerStatus> {
+        self.0.upgrade().map_or_else(Vec::new, |node| node.peers())
     }
 }
 
@@ -170,6 +182,14 @@ impl NetTransport {
             ("write_limit", config.write_limit, 1..=1 << 20, "from 1 to 1048576"),
             ("event_limit", config.event_limit, 1..=1 << 24, "from 1 to 16777216"),
         ];
+        if config.repair.is_empty() {
+            let allowed = "a pause, and one that is no shorter";
+            return Err(BindError::Setting {
+                name: "repair",
+                value: format!("{:?}", config.repair),
+                allowed,
+            });
+        }
         if config.paths.is_empty() {
             let allowed = "one path at least";
             return Err(BindError::Setting { name: "paths", value: "empty".into(), allowed });
@@ -252,6 +272,12 @@ impl NetTransport {
     #[must_use]
     pub fn metrics(&self) -> NetMetrics {
         self.node.metrics()
+    }
+
+    /// For those who watch it.
+    #[must_use]
+    pub fn observer(&self) -> NetObserver {
+        NetObserver(Arc::downgrade(&self.node))
     }
 
     /// The path that writes to a peer take now.

@@ -1,11 +1,14 @@
 //! What the node loop and the threads share: peers, windows, and events on their way to `poll`.
 
-use super::lane::{Lane, Path};
-use super::life::{Life, MAX_PARTS, Moved, Phase, Remains};
-use super::{NetConfig, NetMetrics, PathMetrics};
+use super::counters::{PathCounters, PeerCounters, PeerStatus, add};
+use super::lane::{Generation, Lane, LaneId, Path};
+use super::life::{Life, MAX_PARTS, Moved, Phase, Remains, Settled};
+use super::{NetConfig, NetMetrics};
 use crate::endpoint::Bound;
 use crate::events::EventQueue;
-use crate::handshake::{CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits};
+use crate::handshake::{
+    Choice, CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits,
+};
 use crate::quic::Link;
 #[cfg(feature = "rdma")]
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
@@ -21,7 +24,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
@@ -31,6 +34,11 @@ use tokio::time::timeout;
 
 /// Ended lives that are remembered, to tell a peer which one is over.
 const MAX_REMEMBERED: usize = 4096;
+/// How long a peer whose life has ended is still told of, so that what was counted last is seen, and how many such.
+const TOLD_FOR: Duration = Duration::from_secs(300);
+const MAX_TOLD: usize = 64;
+/// The answerer of a life has so many times as long as connecting may take to make its part of new lanes.
+const REMAKING: u32 = 3;
 
 /// A thread with its socket.
 pub(super) struct Worker {
@@ -76,6 +84,9 @@ struct Peer {
     state: State,
     /// The life that ended last.
     last_ended: u64,
+    /// When, and why.
+    ended: Option<(Instant, SeverReason)>,
+    counters: Arc<PeerCounters>,
     /// `connect` was called and not answered.
     asked: bool,
 }
@@ -94,22 +105,13 @@ enum State {
 #[derive(Default)]
 struct Counters {
     paths: [PathCounters; Path::ALL.len()],
-    writes_refused: AtomicU64,
-    writes_repeated: AtomicU64,
     /// Of connections that are over.
     packets_sent: AtomicU64,
     packets_lost: AtomicU64,
     connected: AtomicU64,
-    severed: AtomicU64,
-}
-
-#[derive(Default)]
-struct PathCounters {
-    writes_sent: AtomicU64,
-    bytes_sent: AtomicU64,
-    writes_landed: AtomicU64,
-    bytes_landed: AtomicU64,
-    failed: AtomicU64,
+    severed_asked: AtomicU64,
+    severed_lost: AtomicU64,
+    unreachable: AtomicU64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -117,8 +119,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn add(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
+/// Where a peer is reached.
+struct Way {
+    /// As it was given.
+    addr: SocketAddr,
+    /// The port of the peer's first socket, as the peer says.
+    first_port: Option<u16>,
+}
+
+impl Way {
+    /// The address that was given may be mapped; the first socket is reached as given.
+    fn to(&self, port: u16) -> SocketAddr {
+        let port = if self.first_port == Some(port) { self.addr.port() } else { port };
+        SocketAddr::new(self.addr.ip(), port)
+    }
 }
 
 /// Why a dial came to nothing.
@@ -378,50 +392,66 @@ impl Node {
         landed: bool,
         report: impl FnOnce(Event),
     ) {
-        if let Some(bytes) = life.settle(lane.id(), sequence, landed, report) {
-            let counters = &self.counters.paths[lane.path() as usize];
-            add(&counters.writes_sent, 1);
-            add(&counters.bytes_sent, bytes);
+        if let Some(Settled { landed, bytes, took }) = life.settle(lane.id(), sequence, landed, report) {
+            self.count(life, lane.path(), |counters| match landed {
+                true => counters.sent(bytes, took),
+                false => counters.not_sent(FailReason::Refused),
+            });
         }
     }
 
-    pub(crate) fn count_landed(&self, path: Path, bytes: u64) {
-        let counters = &self.counters.paths[path as usize];
-        add(&counters.writes_landed, 1);
-        add(&counters.bytes_landed, bytes);
+    /// Counts something with a peer, and with all.
+    fn count(&self, life: &Life, path: Path, count: impl Fn(&PathCounters)) {
+        count(&self.counters.paths[path as usize]);
+        count(&life.counters.paths[path as usize]);
     }
 
-    pub(crate) fn count_refused(&self) {
-        add(&self.counters.writes_refused, 1);
+    pub(crate) fn count_landed(&self, life: &Life, path: Path, bytes: u64) {
+        self.count(life, path, |counters| counters.landed(bytes));
     }
 
-    /// A lane carries nothing any more: what it has not settled goes another way, and if there is none, the
-    /// life is over.
+    pub(crate) fn count_refused(&self, life: &Life, path: Path) {
+        self.count(life, path, |counters| add(&counters.landings_refused, 1));
+    }
+
+    /// A lane carries nothing any more, and its generation with it: what they have not settled goes another way, and
+    /// if there is none, the life is over.
     pub(crate) fn lane_failed(&self, life: &Life, lane: &dyn Lane, reason: &str) {
         lane.close(reason);
-        let (peer, path) = (life.peer, lane.path());
-        match life.replace_lane(lane.id(), path) {
+        self.generation_failed(life, lane.id().generation, lane.path(), reason);
+    }
+
+    fn generation_failed(&self, life: &Life, generation: Generation, path: Path, reason: &str) {
+        for lane in life.fail(generation) {
+            lane.close(reason);
+        }
+        let peer = life.peer;
+        match life.leave(generation, &format!("{path} failed: {reason}")) {
             Moved::Nothing => {}
-            Moved::Repeated(writes) => {
-                tracing::warn!(%peer, %path, reason, writes, now = ?life.path(), "path failed; repeating what it had not delivered");
-                add(&self.counters.paths[path as usize].failed, 1);
-                add(&self.counters.writes_repeated, writes as u64);
+            Moved::Repeated { lanes, writes } => {
+                let now = life.path().map_or("none", Path::name);
+                tracing::warn!(%peer, %path, reason, writes, now, "path failed; repeating what it had not delivered");
+                self.count(life, path, |counters| {
+                    add(&counters.failed, lanes as u64);
+                    add(&counters.writes_repeated, writes as u64);
+                });
             }
-            Moved::NoneLeft => {
-                add(&self.counters.paths[path as usize].failed, 1);
+            Moved::NoneLeft { lanes } => {
+                self.count(life, path, |counters| add(&counters.failed, lanes as u64));
                 let reason = SeverReason::Lost(format!("{path}: {reason}"));
                 self.end(&mut lock(&self.peers), life, reason);
             }
         }
     }
 
-    /// The peer says that a path has failed for it. When this says true, nothing lands by that path any more, so
-    /// that what is repeated may land. When it says false the life is over: its lanes are being closed by
-    /// whoever ended it, and one may still land its last piece.
+    /// The peer says that lanes beside QUIC, up to this generation, have failed for it. When this says true, nothing
+    /// lands by them any more, so that what is repeated may land. When it says false the life is over: its lanes are
+    /// being closed by whoever ended it, and one may still land its last piece.
     #[must_use]
-    pub(crate) fn path_failed(&self, life: &Life, path: Path) -> bool {
-        for lane in life.lanes_of(path) {
-            self.lane_failed(life, &*lane, "failed at the peer");
+    pub(crate) fn failed_at_peer(&self, life: &Life, generation: Generation) -> bool {
+        let path = life.fail(generation).first().map(|lane| lane.path());
+        if let Some(path) = path {
+            self.generation_failed(life, generation, path, "failed at the peer");
         }
         // Asked last: a life that goes on now had all of its lanes above.
         life.phase() != Phase::Ended
@@ -430,32 +460,76 @@ impl Node {
     pub(super) fn metrics(&self) -> NetMetrics {
         let c = &self.counters;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let paths = Path::ALL.map(|path| {
-            let c = &c.paths[path as usize];
-            PathMetrics {
-                path,
-                writes_sent: get(&c.writes_sent),
-                bytes_sent: get(&c.bytes_sent),
-                writes_landed: get(&c.writes_landed),
-                bytes_landed: get(&c.bytes_landed),
-                failed: get(&c.failed),
+        let lives = self.lives();
+        let mut queued = [(0, 0); Path::ALL.len()];
+        for of_life in lives.iter().map(|life| life.queued()) {
+            for ((writes, bytes), (more_writes, more_bytes)) in queued.iter_mut().zip(of_life) {
+                *writes += more_writes;
+                *bytes += more_bytes;
             }
-        });
-        let mut metrics = NetMetrics {
-            paths,
-            writes_refused: get(&c.writes_refused),
-            writes_repeated: get(&c.writes_repeated),
-            packets_sent: get(&c.packets_sent),
-            packets_lost: get(&c.packets_lost),
-            connected: get(&c.connected),
-            severed: get(&c.severed),
-        };
-        for link in self.lives().iter().flat_map(|life| life.links()) {
-            let path = link.connection.stats().path;
-            metrics.packets_sent += path.sent_packets;
-            metrics.packets_lost += path.lost_packets;
         }
-        metrics
+        let (sent, lost) = packets(&lives);
+        NetMetrics {
+            paths: Path::ALL.map(|path| c.paths[path as usize].metrics(path, queued[path as usize])),
+            packets_sent: get(&c.packets_sent) + sent,
+            packets_lost: get(&c.packets_lost) + lost,
+            connected: get(&c.connected),
+            severed_asked: get(&c.severed_asked),
+            severed_lost: get(&c.severed_lost),
+            unreachable: get(&c.unreachable),
+        }
+    }
+
+    /// Those that are connected, and those that were not long ago.
+    pub(super) fn peers(&self) -> Vec<PeerStatus> {
+        let mut found: Vec<PeerStatus> = Vec::new();
+        let mut gone: Vec<PeerStatus> = Vec::new();
+        for (peer, entry) in lock(&self.peers).iter() {
+            let counters = &entry.counters;
+            let (sent, lost) =
+                [&counters.packets_sent, &counters.packets_lost].map(|c| c.load(Ordering::Relaxed)).into();
+            let status =
+                |path, why, since, dialled_here, queued: [(u64, u64); Path::ALL.len()], now: (u64, u64)| {
+                    PeerStatus {
+                        peer: *peer,
+                        path,
+                        why,
+                        since,
+                        dialled_here,
+                        packets_sent: sent + now.0,
+                        packets_lost: lost + now.1,
+                        paths: Path::ALL
+                            .map(|path| counters.paths[path as usize].metrics(path, queued[path as usize])),
+                    }
+                };
+            match &entry.state {
+                State::Life(life) if life.phase() == Phase::Up => {
+                    let standing = life.standing();
+                    let now = packets(std::slice::from_ref(life));
+                    let since = standing.since.elapsed();
+                    found.push(status(
+                        standing.path,
+                        standing.why,
+                        since,
+                        life.dialled_here,
+                        life.queued(),
+                        now,
+                    ));
+                }
+                _ => {
+                    if let Some((when, reason)) = &entry.ended
+                        && when.elapsed() < TOLD_FOR
+                    {
+                        let (why, nothing) = (reason.to_string(), Default::default());
+                        gone.push(status(None, why, when.elapsed(), false, nothing, (0, 0)));
+                    }
+                }
+            }
+        }
+        gone.sort_by_key(|status| status.since);
+        gone.truncate(MAX_TOLD);
+        found.extend(gone);
+        found
     }
 
     pub(super) fn connect(self: &Arc<Self>, peer: NodeId, addr: SocketAddr) {
@@ -523,77 +597,215 @@ impl Node {
             return std::future::pending().await;
         }
         let offers = exchange.offers().await?;
-        let life = Arc::new(Life::new(peer, number, true, parts, offers.secret));
-        {
+        let life = {
             let mut peers = lock(&self.peers);
             let entry = peers.entry(peer).or_default();
             if !matches!(entry.state, State::Dialling { life, .. } if life == number) {
                 settled();
                 return Ok(());
             }
+            let counters = Arc::clone(&entry.counters);
+            let life = Arc::new(Life::new(peer, number, true, parts, offers.secret, counters));
             entry.state = State::Life(Arc::clone(&life));
-        }
+            life
+        };
         self.attach(&life, 0, connection, &worker.runtime);
         let ports: Vec<u16> = exchange.peer.ports.iter().copied().take_while(|port| *port != 0).collect();
+        let way = Way { addr, first_port: ports.first().copied() };
         for part in 1..parts {
-            let port = ports.get(part % ports.len().max(1)).copied().unwrap_or(addr.port());
-            // The address that was given may be mapped; the first socket is reached as given.
-            let port = if Some(&port) == ports.first() { addr.port() } else { port };
-            let to = SocketAddr::new(addr.ip(), port);
+            let to = ports.get(part % ports.len().max(1)).map_or(addr, |port| way.to(*port));
             let worker = &self.workers[part % self.workers.len()];
             let dialling = worker.runtime.spawn(Arc::clone(&self).dial_part(Arc::clone(&life), part, to));
             dialling.await.map_err(|_| DialError::Stopping)??;
         }
-        let paths = self.make_lanes(&life, &offers, addr, &ports, &mut exchange).await?;
-        exchange.begin(&paths).await?;
-        if !self.begin(&life, &paths) {
+        let wanted: Vec<Path> =
+            self.config.paths.iter().copied().filter(|path| *path != Path::Quic).collect();
+        let (made, why) = self.make_lanes(&life, &offers, &wanted, &way, &mut exchange).await?;
+        let mut choice = Choice { paths: made.into_iter().collect(), why };
+        if self.config.paths.contains(&Path::Quic) {
+            choice.paths.push(Path::Quic);
+        }
+        let Some(best) = choice.paths.first().copied() else {
+            return Err(DialError::NoPath(choice.why));
+        };
+        tracing::info!(%peer, path = %best, why_not = choice.why, "path chosen");
+        if !exchange.choose(&choice).await? || !self.begin(&life, &choice) {
             return Err(DialError::Refused);
+        }
+        if choice.paths.len() > 1 {
+            tokio::spawn(Arc::clone(&self).keep_best(life, exchange, best, way));
         }
         Ok(())
     }
 
-    /// Opens the best way that both sides have and that is wanted here. Returns the paths that writes may
-    /// take: that way, and QUIC.
+    /// Opens the best of these paths that both sides have. Returns it, and why it was no better one.
     async fn make_lanes(
         self: &Arc<Self>,
         life: &Arc<Life>,
         offers: &Offers,
-        addr: SocketAddr,
-        ports: &[u16],
+        wanted: &[Path],
+        way: &Way,
         exchange: &mut Exchange,
-    ) -> Result<Vec<Path>, DialError> {
-        let wanted = |path| self.config.paths.contains(&path);
-        let (mut paths, mut why_not) = (Vec::new(), Vec::new());
+    ) -> Result<(Option<Path>, String), HandshakeError> {
+        let wanted = |path| wanted.contains(&path);
+        let (mut made, mut why_not) = (None, Vec::new());
         if wanted(Path::Shm) {
             match self.make_shm(life, offers).await {
-                Ok(()) => paths.push(Path::Shm),
+                Ok(()) => made = Some(Path::Shm),
                 Err(error) => why_not.push(format!("{}: {error}", Path::Shm)),
             }
         }
         let rdma_offer = offers.rdma.as_deref();
-        if paths.is_empty() && wanted(Path::Rdma) {
-            match self.make_rdma(life, rdma_offer, exchange).await? {
-                Ok(()) => paths.push(Path::Rdma),
+        if made.is_none() && wanted(Path::Rdma) {
+            match self.make_rdma(life, &offers.secret, rdma_offer, exchange).await? {
+                Ok(()) => made = Some(Path::Rdma),
                 Err(error) => why_not.push(format!("{}: {error}", Path::Rdma)),
             }
         } else if rdma_offer.is_some() {
             exchange.answer_rdma(&[]).await?;
         }
-        if paths.is_empty() && wanted(Path::Tls) {
-            match self.make_tls(life, offers, addr, ports).await {
-                Ok(()) => paths.push(Path::Tls),
+        if made.is_none() && wanted(Path::Tls) {
+            match self.make_tls(life, offers, way).await {
+                Ok(()) => made = Some(Path::Tls),
                 Err(error) => why_not.push(format!("{}: {error}", Path::Tls)),
             }
         }
-        if wanted(Path::Quic) {
-            paths.push(Path::Quic);
+        Ok((made, why_not.join("; ")))
+    }
+
+    /// Makes lanes anew when those of a life that was dialled here have failed, until it has its best path again.
+    /// Goes on as long as the life does.
+    async fn keep_best(self: Arc<Self>, life: Arc<Life>, mut exchange: Exchange, best: Path, way: Way) {
+        let peer = life.peer;
+        let mut pause = *self.config.repair.start();
+        let mut taken: Option<Instant> = None;
+        loop {
+            life.until_path(|path| path != Some(best)).await;
+            if taken.take().is_some_and(|taken| taken.elapsed() > *self.config.repair.end()) {
+                pause = *self.config.repair.start();
+            }
+            // A life that has ended has no path.
+            if timeout(pause, life.until_path(|path| path.is_none())).await.is_ok() {
+                return;
+            }
+            pause = (pause * 2).min(*self.config.repair.end());
+            let within = self.config.connect_timeout * (REMAKING + 1);
+            match timeout(within, self.remake_lanes(&life, &mut exchange, best, &way)).await {
+                Ok(Ok(Ok(path))) => {
+                    tracing::info!(%peer, %path, "path taken again");
+                    taken = Some(Instant::now());
+                }
+                Ok(Ok(Err(why_not))) => {
+                    tracing::debug!(%peer, path = %best, why_not, again_in = ?pause, "path not back yet");
+                }
+                outcome => {
+                    for lane in life.stop_making() {
+                        lane.close("lanes are not made any more");
+                    }
+                    if life.phase() != Phase::Ended {
+                        let why = outcome.map_or_else(
+                            |_| format!("the peer did not answer within {within:?}"),
+                            |outcome| outcome.map_or_else(|error| error.to_string(), |_| String::new()),
+                        );
+                        tracing::warn!(%peer, path = %best, why, "path is not taken again in this session");
+                    }
+                    return;
+                }
+            }
         }
-        let why_not = why_not.join("; ");
-        if paths.is_empty() {
-            return Err(DialError::NoPath(why_not));
+    }
+
+    /// Asks the peer for new lanes, and makes the best of those that are no better than `best`, but better than what
+    /// there is. The outer error is the session's, the inner one says why there are none.
+    async fn remake_lanes(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        exchange: &mut Exchange,
+        best: Path,
+        way: &Way,
+    ) -> Result<Result<Path, String>, HandshakeError> {
+        let (generation, failed) = life.next_generation();
+        exchange.ask_for_lanes(generation, failed).await?;
+        let offers = exchange.offers().await?;
+        if !life.make_lanes(generation, offers.secret) {
+            return Err(HandshakeError::Choice);
         }
-        tracing::info!(peer = %life.peer, path = %paths[0], why_not, "path chosen");
-        Ok(paths)
+        let better = |path: &Path| *path >= best && life.path().is_some_and(|now| *path < now);
+        let wanted: Vec<Path> = self.config.paths.iter().copied().filter(better).collect();
+        let (made, why_not) = self.make_lanes(life, &offers, &wanted, way, exchange).await?;
+        let choice = Choice { paths: made.into_iter().collect(), why: why_not };
+        let begun = exchange.choose(&choice).await?;
+        let Some(path) = made.filter(|path| begun && self.take_better(life, *path, &choice.why)) else {
+            for lane in life.stop_making() {
+                lane.close("it is not wanted");
+            }
+            return Ok(Err(choice.why));
+        };
+        Ok(Ok(path))
+    }
+
+    /// Lanes that were made carry writes from now on; false if they are none any more.
+    fn take_better(self: &Arc<Self>, life: &Arc<Life>, path: Path, why: &str) -> bool {
+        let Some(lanes) = life.take_better(path, why) else {
+            return false;
+        };
+        self.start(life, lanes);
+        true
+    }
+
+    fn start(self: &Arc<Self>, life: &Arc<Life>, lanes: Vec<Arc<dyn Lane>>) {
+        for lane in lanes {
+            self.count(life, lane.path(), |counters| add(&counters.opened, 1));
+            lane.start(self, life);
+        }
+    }
+
+    /// Makes the answerer's part of new lanes, whenever the dialler asks, as long as the life lasts.
+    async fn answer_with_lanes(self: Arc<Self>, life: Arc<Life>, mut exchange: Exchange) {
+        while let Ok((generation, failed)) = exchange.asked_for_lanes().await {
+            if !self.failed_at_peer(&life, failed) {
+                return;
+            }
+            let within = self.config.connect_timeout * REMAKING;
+            let why = match timeout(within, self.remake_for_peer(&life, &mut exchange, generation)).await {
+                Ok(Ok(())) => continue,
+                Ok(Err(error)) => error.to_string(),
+                Err(_) => format!("the peer did not choose within {within:?}"),
+            };
+            for lane in life.stop_making() {
+                lane.close("lanes are not made any more");
+            }
+            if life.phase() != Phase::Ended {
+                tracing::warn!(peer = %life.peer, why, "no lanes are made any more in this session");
+            }
+            // The dialler sees the end of the stream.
+            return;
+        }
+    }
+
+    async fn remake_for_peer(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        exchange: &mut Exchange,
+        generation: Generation,
+    ) -> Result<(), HandshakeError> {
+        let secret = new_secret().ok_or(HandshakeError::Choice)?;
+        if !life.make_lanes(generation, secret) {
+            return Err(HandshakeError::Choice);
+        }
+        self.offer_lanes(life, secret, exchange).await?;
+        let Choice { paths, why } = exchange.chosen().await?;
+        let path = match paths[..] {
+            [] => None,
+            [path] if path != Path::Quic && self.config.paths.contains(&path) => Some(path),
+            _ => return Err(HandshakeError::Choice),
+        };
+        let begun = path.is_some_and(|path| self.take_better(life, path, &why));
+        match path.filter(|_| begun) {
+            Some(path) => tracing::info!(peer = %life.peer, %path, "path taken again"),
+            None => life.stop_making().iter().for_each(|lane| lane.close("it is not wanted")),
+        }
+        exchange.begun(begun).await
     }
 
     async fn make_shm(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers) -> Result<(), shm::Error> {
@@ -601,9 +813,9 @@ impl Node {
         if self.shm.is_none() {
             return Err(shm::Error::NotHere);
         }
-        let (node, life) = (Arc::clone(self), Arc::clone(life));
+        let (node, life, secret) = (Arc::clone(self), Arc::clone(life), offers.secret);
         // It answers at once or within its own deadline, but on a thread that may wait.
-        let made = tokio::task::spawn_blocking(move || shm::dial(&node, &life, &offer)).await;
+        let made = tokio::task::spawn_blocking(move || shm::dial(&node, &life, &offer, &secret)).await;
         made.map_err(|_| shm::Error::Gone)?
     }
 
@@ -612,21 +824,18 @@ impl Node {
         self: &Arc<Self>,
         life: &Arc<Life>,
         offers: &Offers,
-        addr: SocketAddr,
-        ports: &[u16],
+        way: &Way,
     ) -> Result<(), tls::TlsError> {
         let offer = offers.tls.ok_or(tls::TlsError::NotOffered)?;
         if self.tls.is_none() {
             return Err(tls::TlsError::NotHere);
         }
-        // The address that was given may be mapped; the first socket's port is reached as given.
-        let port = if ports.first() == Some(&offer.port) { addr.port() } else { offer.port };
-        let addr = SocketAddr::new(addr.ip(), port);
+        let addr = way.to(offer.port);
         let dialling: Vec<_> = (0..self.config.tls_connections.min(offer.connections.into()))
             .map(|_| {
-                let (node, life) = (Arc::clone(self), Arc::clone(life));
+                let (node, life, secret) = (Arc::clone(self), Arc::clone(life), offers.secret);
                 // It has a deadline of its own, but on a thread that may wait.
-                tokio::task::spawn_blocking(move || tls::dial(&node, &life, addr))
+                tokio::task::spawn_blocking(move || tls::dial(&node, &life, addr, &secret))
             })
             .collect();
         let mut made = Ok(());
@@ -634,7 +843,7 @@ impl Node {
             made = made.and(dialled.await.unwrap_or(Err(tls::TlsError::Closed)));
         }
         if made.is_err() {
-            for lane in life.lanes_of(Path::Tls) {
+            for lane in life.discard(Path::Tls) {
                 lane.close("another of its connections did not come about");
             }
         }
@@ -653,6 +862,7 @@ impl Node {
     async fn make_rdma(
         &self,
         life: &Arc<Life>,
+        secret: &[u8; 32],
         offer: Option<&[u8]>,
         exchange: &mut Exchange,
     ) -> Result<Result<(), String>, HandshakeError> {
@@ -668,8 +878,8 @@ impl Node {
         match answered {
             Ok(answered) => {
                 exchange.answer_rdma(&answered.answer()).await?;
-                let (life, within) = (Arc::clone(life), self.greeting());
-                Ok(blocking(move || answered.join(&life, within)).await)
+                let (life, secret, within) = (Arc::clone(life), *secret, self.greeting());
+                Ok(blocking(move || answered.join(&life, &secret, within)).await)
             }
             Err(error) => {
                 exchange.answer_rdma(&[]).await?;
@@ -682,6 +892,7 @@ impl Node {
     async fn make_rdma(
         &self,
         _life: &Arc<Life>,
+        _secret: &[u8; 32],
         offer: Option<&[u8]>,
         exchange: &mut Exchange,
     ) -> Result<Result<(), String>, HandshakeError> {
@@ -692,7 +903,13 @@ impl Node {
     }
 
     /// Offers lanes to the dialler of a life, and makes the one that it answers with queue pairs.
-    async fn offer_lanes(&self, life: &Arc<Life>, exchange: &mut Exchange) -> Result<(), HandshakeError> {
+    #[cfg_attr(not(feature = "rdma"), expect(unused_variables, reason = "others are made by the dialler"))]
+    async fn offer_lanes(
+        &self,
+        life: &Arc<Life>,
+        secret: [u8; 32],
+        exchange: &mut Exchange,
+    ) -> Result<(), HandshakeError> {
         let wanted = |path| self.config.paths.contains(&path);
         let shm = self.shm.as_ref().filter(|_| wanted(Path::Shm)).map(|listener| listener.offer());
         let tls = self.tls.as_ref().filter(|_| wanted(Path::Tls));
@@ -702,11 +919,13 @@ impl Node {
             match blocking(move || Offered::new(&rdma)).await {
                 Ok(offered) => {
                     let rdma = Some(offered.offer());
-                    exchange.offer(&Offers { secret: life.secret, shm, tls, rdma }).await?;
+                    exchange.offer(&Offers { secret, shm, tls, rdma }).await?;
                     let answer = exchange.rdma_answer().await?;
                     if !answer.is_empty() {
                         let (peer, life, within) = (life.peer, Arc::clone(life), 2 * self.greeting());
-                        if let Err(error) = blocking(move || offered.join(&life, &answer, within)).await {
+                        if let Err(error) =
+                            blocking(move || offered.join(&life, &secret, &answer, within)).await
+                        {
                             tracing::warn!(%peer, error, "no RDMA lane");
                         }
                     }
@@ -715,19 +934,24 @@ impl Node {
                 Err(error) => tracing::warn!(peer = %life.peer, error, "no RDMA lane"),
             }
         }
-        exchange.offer(&Offers { secret: life.secret, shm, tls, rdma: None }).await
+        exchange.offer(&Offers { secret, shm, tls, rdma: None }).await
     }
 
-    /// The life that a lane on its way belongs to, as `secret` proves.
-    pub(crate) fn life_of_lane(&self, peer: NodeId, number: u64, secret: &[u8; 32]) -> Option<Arc<Life>> {
-        match lock(&self.peers).get(&peer) {
-            Some(Peer { state: State::Life(life), .. })
-                if life.number == number && !life.dialled_here && same_secret(&life.secret, secret) =>
-            {
-                Some(Arc::clone(life))
+    /// The life that a lane on its way belongs to, as `secret` proves, and what the lane is called there.
+    pub(crate) fn life_of_lane(
+        &self,
+        peer: NodeId,
+        number: u64,
+        secret: &[u8; 32],
+    ) -> Option<(Arc<Life>, LaneId)> {
+        let life = match lock(&self.peers).get(&peer) {
+            Some(Peer { state: State::Life(life), .. }) if life.number == number && !life.dialled_here => {
+                Arc::clone(life)
             }
-            _ => None,
-        }
+            _ => return None,
+        };
+        let id = life.new_lane_id(secret)?;
+        Some((life, id))
     }
 
     pub(crate) fn local(&self) -> NodeId {
@@ -743,10 +967,10 @@ impl Node {
     }
 
     /// The life is up; false if something is missing.
-    fn begin(self: &Arc<Self>, life: &Arc<Life>, paths: &[Path]) -> bool {
+    fn begin(self: &Arc<Self>, life: &Arc<Life>, choice: &Choice) -> bool {
         let lanes = {
             let mut peers = lock(&self.peers);
-            let Some(lanes) = life.begin(paths) else {
+            let Some(lanes) = life.begin(&choice.paths, &choice.why) else {
                 return false;
             };
             if let Some(entry) = peers.get_mut(&life.peer) {
@@ -756,9 +980,7 @@ impl Node {
             self.report(|events| events.push(Event::Connected { peer: life.peer }));
             lanes
         };
-        for lane in lanes {
-            lane.start(self, life);
-        }
+        self.start(life, lanes);
         true
     }
 
@@ -790,6 +1012,7 @@ impl Node {
             State::Dialling { life, .. } if *life == number => {
                 entry.state = State::Nothing;
                 if std::mem::take(&mut entry.asked) {
+                    add(&self.counters.unreachable, 1);
                     self.report_severed(peer, SeverReason::Unreachable(reason.into()));
                 }
             }
@@ -842,8 +1065,9 @@ impl Node {
         let mut exchange = Exchange::answer(&connection, &self.hello(0, 0, 0)).await?;
         let Hello { node: peer, life: number, part, parts, .. } = exchange.peer;
         let last_ended = exchange.confirmation().await?;
+        let secret = new_secret().ok_or(HandshakeError::Choice)?;
         let life = if part == 0 {
-            self.admit_life(peer, number, usize::from(parts), last_ended)
+            self.admit_life(peer, number, usize::from(parts), last_ended, secret)
         } else {
             match lock(&self.peers).get(&peer) {
                 Some(Peer { state: State::Life(life), .. })
@@ -862,17 +1086,22 @@ impl Node {
             return Ok(());
         };
         if part == 0 {
-            let wanted = |path| self.config.paths.contains(&path);
-            self.offer_lanes(&life, &mut exchange).await?;
-            let paths = exchange.beginning().await?;
-            if !paths.iter().copied().all(wanted) || !self.begin(&life, &paths) {
-                let reason = "it wants paths that are not to be had here";
-                tracing::warn!(peer = %life.peer, ?paths, reason, "data connection refused");
+            self.offer_lanes(&life, secret, &mut exchange).await?;
+            let choice = exchange.chosen().await?;
+            let wanted = choice.paths.iter().all(|path| self.config.paths.contains(path));
+            let best = choice.paths.first().copied().filter(|_| wanted && self.begin(&life, &choice));
+            let Some(best) = best else {
+                let (paths, reason) = (choice.paths, "it wants paths that are not to be had here");
+                tracing::warn!(%peer, ?paths, reason, "data connection refused");
                 self.end(&mut lock(&self.peers), &life, SeverReason::Lost(reason.into()));
                 return Ok(());
+            };
+            tracing::info!(%peer, path = %best, why_not = choice.why, "path chosen by the peer");
+            exchange.begun(true).await?;
+            if choice.paths.len() > 1 {
+                tokio::spawn(Arc::clone(self).answer_with_lanes(life, exchange));
+                return Ok(());
             }
-            tracing::info!(peer = %life.peer, path = %paths[0], "path chosen by the peer");
-            exchange.begun().await?;
         }
         // Dropping the stream would be no harm, but what was said must be out first.
         let _ = exchange.send.finish();
@@ -886,12 +1115,11 @@ impl Node {
         number: u64,
         parts: usize,
         last_ended: u64,
+        secret: [u8; 32],
     ) -> Option<Arc<Life>> {
         if peer == self.local || !(1..=MAX_PARTS).contains(&parts) {
             return None;
         }
-        let mut secret = [0; 32];
-        getrandom::fill(&mut secret).ok()?;
         let mut peers = lock(&self.peers);
         let entry = peers.entry(peer).or_default();
         let (standing, old) = match &entry.state {
@@ -908,8 +1136,9 @@ impl Node {
         if let Some(old) = old {
             self.end(&mut peers, &old, SeverReason::Lost("the peer connected anew".into()));
         }
-        let life = Arc::new(Life::new(peer, number, false, parts, secret));
-        peers.entry(peer).or_default().state = State::Life(Arc::clone(&life));
+        let entry = peers.entry(peer).or_default();
+        let life = Arc::new(Life::new(peer, number, false, parts, secret, Arc::clone(&entry.counters)));
+        entry.state = State::Life(Arc::clone(&life));
         drop(peers);
         let (node, forming, within) = (Arc::clone(self), Arc::clone(&life), self.config.connect_timeout);
         tokio::spawn(async move {
@@ -930,7 +1159,7 @@ impl Node {
         connection: Connection,
         runtime: &Handle,
     ) -> bool {
-        let link = Link::new(life.new_lane_id(), connection.clone(), runtime.clone());
+        let link = Link::new(life.new_link_id(), connection.clone(), runtime.clone());
         if !life.attach_part(part, link) {
             connection.close(CloseCode::Settled.into(), b"no place for this connection");
             return false;
@@ -971,9 +1200,17 @@ impl Node {
         }
         for link in &links {
             link.close("severed");
-            let path = link.connection.stats().path;
-            add(&self.counters.packets_sent, path.sent_packets);
-            add(&self.counters.packets_lost, path.lost_packets);
+        }
+        for (of_all, of_peer, packets) in {
+            let (sent, lost) = packets_of(&links);
+            let (all, own) = (&self.counters, &life.counters);
+            [(&all.packets_sent, &own.packets_sent, sent), (&all.packets_lost, &own.packets_lost, lost)]
+        } {
+            add(of_all, packets);
+            add(of_peer, packets);
+        }
+        for (_, path) in &failed {
+            self.count(life, *path, |counters| counters.not_sent(FailReason::Severed));
         }
         self.windows.close_all_of(peer);
         let mut asked = false;
@@ -982,20 +1219,29 @@ impl Node {
         {
             entry.state = State::Nothing;
             entry.last_ended = life.number;
+            entry.ended = was_up.then(|| (Instant::now(), reason.clone()));
             asked = std::mem::take(&mut entry.asked);
         }
         if peers.len() > MAX_REMEMBERED {
             peers.retain(|_, entry| !matches!(entry.state, State::Nothing));
         }
         if was_up {
-            add(&self.counters.severed, 1);
+            add(
+                if reason == SeverReason::Asked {
+                    &self.counters.severed_asked
+                } else {
+                    &self.counters.severed_lost
+                },
+                1,
+            );
             self.report(|events| {
-                for ticket in failed {
+                for (ticket, _) in failed {
                     events.push(Event::Failed { peer, ticket, reason: FailReason::Severed });
                 }
                 events.push(Event::Severed { peer, reason });
             });
         } else if asked {
+            add(&self.counters.unreachable, 1);
             self.report_severed(peer, SeverReason::Unreachable(reason.to_string()));
         }
     }
@@ -1010,7 +1256,18 @@ impl Node {
     }
 }
 
-/// Takes as long for secrets that differ in the first byte as for those that differ in the last.
-fn same_secret(a: &[u8; 32], b: &[u8; 32]) -> bool {
-    a.iter().zip(b).fold(0, |difference, (a, b)| difference | (a ^ b)) == 0
+/// None if the system has no randomness.
+fn new_secret() -> Option<[u8; 32]> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).ok().map(|()| secret)
+}
+
+/// QUIC packets sent, and lost, on connections that are up.
+fn packets(lives: &[Arc<Life>]) -> (u64, u64) {
+    packets_of(&lives.iter().flat_map(|life| life.links()).collect::<Vec<_>>())
+}
+
+fn packets_of(links: &[Arc<Link>]) -> (u64, u64) {
+    let paths = links.iter().map(|link| link.connection.stats().path);
+    paths.fold((0, 0), |(sent, lost), path| (sent + path.sent_packets, lost + path.lost_packets))
 }

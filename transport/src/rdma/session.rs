@@ -22,12 +22,18 @@ impl Offered {
     }
 
     /// Makes the lane with the dialler's answer. Waits for the greeting.
-    pub(crate) fn join(self, life: &Arc<Life>, answer: &[u8], within: Duration) -> Result<(), String> {
+    pub(crate) fn join(
+        self,
+        life: &Life,
+        secret: &[u8; 32],
+        answer: &[u8],
+        within: Duration,
+    ) -> Result<(), String> {
         let answer = Offer::decode(answer).ok_or("its answer cannot be read")?;
         self.0.connect(&answer)?;
         // It was connected last, so the dialler hears it.
         self.0.greet(true, within)?;
-        attach(self.0, life)
+        attach(self.0, life, secret)
     }
 }
 
@@ -47,15 +53,16 @@ impl Answered {
     }
 
     /// Makes the lane, once the peer has the answer. Waits for the greeting.
-    pub(crate) fn join(self, life: &Arc<Life>, within: Duration) -> Result<(), String> {
+    pub(crate) fn join(self, life: &Life, secret: &[u8; 32], within: Duration) -> Result<(), String> {
         self.0.greet(false, within)?;
-        attach(self.0, life)
+        attach(self.0, life, secret)
     }
 }
 
-fn attach(lane: Arc<Lane>, life: &Arc<Life>) -> Result<(), String> {
-    let lane = Arc::new(RdmaLane { id: life.new_lane_id(), lane });
-    if life.attach_lane(lane) { Ok(()) } else { Err("the session was over before it was made".into()) }
+fn attach(lane: Arc<Lane>, life: &Life, secret: &[u8; 32]) -> Result<(), String> {
+    let attached =
+        life.new_lane_id(secret).is_some_and(|id| life.attach_lane(Arc::new(RdmaLane { id, lane })));
+    if attached { Ok(()) } else { Err("the session was over before it was made".into()) }
 }
 
 struct RdmaLane {
@@ -107,8 +114,8 @@ impl lane::Lane for RdmaLane {
 
 impl Session for NetSession {
     fn arrived(&self, header: &Header) -> Arrival {
-        if let Some(path) = header.failed {
-            if !self.node.path_failed(&self.life, path) {
+        if let Some(generation) = header.failed {
+            if !self.node.failed_at_peer(&self.life, generation) {
                 // The life is over, and the peer is being told.
                 return Arrival::Refused;
             }
@@ -119,7 +126,7 @@ impl Session for NetSession {
         match self.node.windows.find(self.life.peer, &header.window, header.offset, header.len) {
             Some(landing) => Arrival::Open(landing),
             None => {
-                self.node.count_refused();
+                self.node.count_refused(&self.life, Path::Rdma);
                 Arrival::Refused
             }
         }
@@ -129,10 +136,10 @@ impl Session for NetSession {
         let Header { len, immediate, sequence, floor, .. } = *header;
         let peer = self.life.peer;
         if !landing.complete(|| self.node.report_landed(peer, immediate, len, landing.key())) {
-            self.node.count_refused();
+            self.node.count_refused(&self.life, Path::Rdma);
             return Some(false);
         }
-        self.node.count_landed(Path::Rdma, len);
+        self.node.count_landed(&self.life, Path::Rdma, len);
         self.life.note_landed(sequence, floor).ok().map(|()| true)
     }
 

@@ -10,7 +10,7 @@ mod handover;
 mod ring;
 
 use crate::net::header::Header;
-use crate::net::lane::{Job, Lane, LaneId, Path};
+use crate::net::lane::{Generation, Job, Lane, LaneId, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
 pub(crate) use handover::{Listener, Offer};
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use tandem_memory::{ForeignRegion, HostRegion};
 use tandem_proto::wire::Window;
 
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 /// Bytes copied between two looks at whether the lane was closed.
 const PIECE: usize = 256 << 10;
 /// Bytes that land before the peer and the node loop are told, if more is waiting: waking costs as much as copying
@@ -76,22 +76,22 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
         *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
     }
-    if let Some(announced) = Announced::decode(&words) {
-        assert_eq!(Announced::decode(&announced.encode()), Some(announced));
-    }
+    let announced = Announced::decode(&words);
+    assert_eq!(Announced::decode(&announced.encode()), announced);
 }
 
 /// Makes a lane to the peer of a life that was dialled here. Waits a second at most.
-pub(crate) fn dial(node: &Arc<Node>, life: &Arc<Life>, offer: &Offer) -> Result<(), Error> {
+pub(crate) fn dial(node: &Node, life: &Life, offer: &Offer, secret: &[u8; 32]) -> Result<(), Error> {
     let socket = Socket::connect(offer)?;
     let shared = HostRegion::map(SHARED_BYTES)?;
-    let join = Message::Join { node: node.local(), life: life.number, secret: life.secret };
+    let join = Message::Join { node: node.local(), life: life.number, secret: *secret };
     socket.send(&join, shared.file(), true)?;
     match socket.receive(true)? {
         Received::Message(Message::Welcome, None) => {}
         _ => return Err(Error::NoWelcome),
     }
-    let lane = ShmLane::new(life.new_lane_id(), socket, &shared, true);
+    let id = life.new_lane_id(secret).ok_or(Error::Gone)?;
+    let lane = ShmLane::new(id, socket, &shared, true);
     if life.attach_lane(lane) { Ok(()) } else { Err(Error::Gone) }
 }
 
@@ -111,9 +111,9 @@ fn admit(node: &Arc<Node>, socket: Socket) -> Result<(), Error> {
     else {
         return Err(Error::Rule("its first message is another"));
     };
-    let life = node.life_of_lane(peer, life, &secret).ok_or(Error::Gone)?;
+    let (life, id) = node.life_of_lane(peer, life, &secret).ok_or(Error::Gone)?;
     let shared = HostRegion::of_peer(file, SHARED_BYTES)?;
-    let lane = ShmLane::new(life.new_lane_id(), socket, &shared, false);
+    let lane = ShmLane::new(id, socket, &shared, false);
     if !life.attach_lane(Arc::clone(&lane) as Arc<dyn Lane>) {
         return Err(Error::Gone);
     }
@@ -142,18 +142,14 @@ impl Announced {
             len,
             sequence,
             floor,
-            u64::from(self.region) | u64::from(failed.map_or(0, Path::code)) << 32,
+            u64::from(self.region) | u64::from(Generation::encode(failed)) << 32,
             self.at,
         ]);
         words
     }
 
-    fn decode(words: &[u64; JOB_WORDS]) -> Option<Announced> {
+    fn decode(words: &[u64; JOB_WORDS]) -> Announced {
         let [low, high] = [words[8] as u32, (words[8] >> 32) as u32];
-        let failed = match u8::try_from(high).ok()? {
-            0 => None,
-            code => Some(Path::of_code(code)?),
-        };
         let window = Window { region: words[0] as u32, key: words[1], offset: words[2], len: words[3] };
         let header = Header {
             window,
@@ -162,9 +158,9 @@ impl Announced {
             immediate: (words[0] >> 32) as u32,
             sequence: words[6],
             floor: words[7],
-            failed,
+            failed: Generation::decode(high),
         };
-        Some(Announced { header, region: low, at: words[9] })
+        Announced { header, region: low, at: words[9] }
     }
 }
 
@@ -388,15 +384,15 @@ impl ShmLane {
         incoming: &mut Incoming,
         words: &[u64; JOB_WORDS],
     ) -> Result<u64, Error> {
-        let announced = Announced::decode(words).ok_or(Error::Rule("a write that cannot be read"))?;
+        let announced = Announced::decode(words);
         while !node.wait_until_polled(Duration::from_millis(100)) {
             if self.is_closed() {
                 return Ok(0);
             }
         }
         let Header { sequence, failed, len, .. } = announced.header;
-        if let Some(path) = failed
-            && !node.path_failed(life, path)
+        if let Some(generation) = failed
+            && !node.failed_at_peer(life, generation)
         {
             return Ok(0);
         }
@@ -420,7 +416,7 @@ impl ShmLane {
             return Ok(0);
         }
         if !landed {
-            node.count_refused();
+            node.count_refused(life, Path::Shm);
         }
         incoming.answers.push(&[sequence << 1 | u64::from(landed)]);
         Ok(len)
@@ -461,7 +457,7 @@ impl ShmLane {
         if !landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, window.key)) {
             return Ok(Some(false));
         }
-        node.count_landed(Path::Shm, len);
+        node.count_landed(life, Path::Shm, len);
         life.note_landed(sequence, floor)
             .map_err(|_| Error::Rule("too many writes that are not reported"))?;
         Ok(Some(true))

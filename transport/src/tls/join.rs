@@ -8,7 +8,7 @@ use super::lane::TlsLane;
 use super::outgoing::Outgoing;
 use super::{MAX_CONNECTIONS, TlsError};
 use crate::identity::Identity;
-use crate::net::lane::{Lane, Path};
+use crate::net::lane::Lane;
 use crate::net::life::Life;
 use crate::net::node::Node;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -96,14 +96,14 @@ fn say(
 
 /// Adds one connection to a life that was dialled here. Takes half the time that connecting may, so that there
 /// is time for another path.
-pub(crate) fn dial(node: &Node, life: &Life, addr: SocketAddr) -> Result<(), TlsError> {
+pub(crate) fn dial(node: &Node, life: &Life, addr: SocketAddr, secret: &[u8; 32]) -> Result<(), TlsError> {
     let Some(listener) = node.tls() else { return Err(TlsError::NotHere) };
     let deadline = Deadline::after(node.config.connect_timeout / 2);
     let mut joined = Joined::new(listener.tls.dial(addr, deadline)?);
-    let hello = Hello { node: node.local(), life: life.number, secret: life.secret };
+    let hello = Hello { node: node.local(), life: life.number, secret: *secret };
     say(&joined.socket, &mut joined.outgoing, &Frame::Hello(hello), deadline)?;
     joined.hear(deadline, |frame| matches!(frame, Frame::Welcome).then_some(()))?;
-    let lane = TlsLane::new(life.new_lane_id(), joined)?;
+    let lane = TlsLane::new(life.new_lane_id(secret).ok_or(TlsError::Gone)?, joined)?;
     if life.attach_lane(lane) { Ok(()) } else { Err(TlsError::Gone) }
 }
 
@@ -183,11 +183,11 @@ fn admit(node: &Node, tls: &Tls, socket: TcpStream) -> Result<(), TlsError> {
         Frame::Hello(hello) => Some(hello),
         _ => None,
     })?;
-    let life = node.life_of_lane(hello.node, hello.life, &hello.secret).ok_or(TlsError::Gone)?;
-    if life.lanes_of(Path::Tls).len() >= MAX_CONNECTIONS {
+    let (life, id) = node.life_of_lane(hello.node, hello.life, &hello.secret).ok_or(TlsError::Gone)?;
+    if life.lanes_being_made() >= MAX_CONNECTIONS {
         return Err(TlsError::Rule("it makes more connections than there may be"));
     }
-    let lane = TlsLane::new(life.new_lane_id(), joined)?;
+    let lane = TlsLane::new(id, joined)?;
     if !life.attach_lane(Arc::clone(&lane) as Arc<dyn Lane>) {
         return Err(TlsError::Gone);
     }

@@ -144,7 +144,7 @@ impl Receiver<'_> {
             Fate::LandedBefore => true,
         };
         if !landed {
-            self.node.count_refused();
+            self.node.count_refused(self.life, Path::Tls);
         }
         self.lane.acknowledge(Ack { sequence, landed })
     }
@@ -155,8 +155,8 @@ impl Receiver<'_> {
                 return Err(TlsError::Closed);
             }
         }
-        if let Some(path) = header.failed {
-            if !self.node.path_failed(self.life, path) {
+        if let Some(generation) = header.failed {
+            if !self.node.failed_at_peer(self.life, generation) {
                 return Err(TlsError::Closed);
             }
             if self.life.has_landed(header.sequence) {
@@ -178,7 +178,7 @@ impl Receiver<'_> {
             let landed = landing.land(offset + body, tail)
                 && landing.complete(|| node.report_landed(peer, immediate, len, window.key));
             if landed {
-                node.count_landed(Path::Tls, len);
+                node.count_landed(self.life, Path::Tls, len);
                 self.life
                     .note_landed(sequence, floor)
                     .map_err(|_| TlsError::Rule("it has too many writes that are not reported"))?;
