@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tandem_kernels::{CpuKernels, Kernels, KvPages};
 use tandem_memory::{Extent, HostRegion};
 use tandem_node::{Clock, Cluster, Inbox, NodeEvent, RouterLink};
-use tandem_proto::handoff::{Receiver, ReceiverAction, ReceiverConfig};
+use tandem_proto::handoff::{Receiver, ReceiverAction, ReceiverConfig, ReceiverStats};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
 use tandem_proto::wire::{Expect, Handoff, Lease, LeaseToken, Message, RequestError, Sampled, Window};
@@ -57,6 +57,9 @@ const WARM_BYTES: usize = 64 << 20;
 struct Landing {
     tokens: u32,
     pages: Vec<PageId>,
+    expected: Time,
+    /// A layer has landed.
+    begun: bool,
 }
 
 impl Inbound {
@@ -127,6 +130,11 @@ impl Inbound {
         self.receiver.next_timeout().into_iter().chain(flush).min()
     }
 
+    /// The router, if it has accepted this node.
+    pub(crate) fn router(&self) -> Option<NodeId> {
+        self.router.router()
+    }
+
     /// Whether the process was asked to finish.
     pub(crate) fn is_draining(&self) -> bool {
         self.router.is_draining()
@@ -153,6 +161,11 @@ impl Inbound {
     /// Handoffs that are not over.
     pub(crate) fn open_handoffs(&self) -> usize {
         self.receiver.open_requests()
+    }
+
+    /// What was counted of the handoffs.
+    pub(crate) fn received(&self) -> ReceiverStats {
+        self.receiver.stats()
     }
 
     /// Windows that are open.
@@ -196,7 +209,16 @@ impl Inbound {
         match message {
             Message::Expect(expect) => self.arrived.push_back(Arrival::Expected(Box::new(expect), from)),
             Message::Cancel { request } => self.arrived.push_back(Arrival::Cancelled(request)),
-            Message::Handoff(handoff) => self.receiver.message(now, from, handoff),
+            Message::Handoff(handoff) => {
+                match &handoff {
+                    Handoff::Offer { request, tokens } => {
+                        tracing::debug!(%request, prefill = %from, tokens, "KV offered");
+                    }
+                    Handoff::Done { request, .. } => tracing::debug!(%request, prefill = %from, "KV done"),
+                    _ => {}
+                }
+                self.receiver.message(now, from, handoff);
+            }
             other => {
                 tracing::warn!(peer = %from, message = ?std::mem::discriminant(&other), "not a message for a decode node")
             }
@@ -206,8 +228,11 @@ impl Inbound {
     /// The node accepted the request: its KV may be offered.
     pub(crate) fn expect(&mut self, expect: &Expect, deadline: Time) {
         let tokens = expect.prompt.len() as u32;
-        self.prompts.insert(expect.request, Landing { tokens, pages: Vec::new() });
-        self.receiver.expect(self.clock.now(), expect.request, expect.prefill, tokens, deadline);
+        let expected = self.clock.now();
+        let (request, prefill) = (expect.request, expect.prefill);
+        tracing::debug!(%request, %prefill, tokens, "KV expected");
+        self.prompts.insert(request, Landing { tokens, pages: Vec::new(), expected, begun: false });
+        self.receiver.expect(expected, expect.request, expect.prefill, tokens, deadline);
     }
 
     fn peer_lost(&mut self, peer: NodeId, why: &str) {
@@ -245,11 +270,15 @@ impl Inbound {
                 }
                 ReceiverAction::Send { to, message } => self.tell(to, message),
                 ReceiverAction::Ready { request, first } => {
-                    self.prompts.remove(&request);
+                    if let Some(Landing { tokens, expected, .. }) = self.prompts.remove(&request) {
+                        let us = self.clock.now().since_us(expected);
+                        tracing::debug!(%request, tokens, us, "KV verified");
+                    }
                     self.arrived.push_back(Arrival::Ready(request, first));
                 }
                 ReceiverAction::Drop { request, error } => {
                     self.prompts.remove(&request);
+                    tracing::debug!(%request, error = error.as_ref().map(tracing::field::display), "KV does not come");
                     self.arrived.push_back(Arrival::Dropped(request, error));
                 }
                 ReceiverAction::Sever { peer } => self.transport.sever(peer),
@@ -276,13 +305,18 @@ impl Inbound {
                 }
             }
         }
+        tracing::debug!(%request, prefill = %to, chunks = leases.len(), "KV granted");
         self.tell(to, Handoff::Grant { request, leases });
     }
 
     fn scatter(&mut self, token: LeaseToken, chunk: ChunkIdx, layer: LayerIdx, kv: &mut KvPages) {
-        let Some(landing) = self.prompts.get(&token.request) else {
+        let Some(landing) = self.prompts.get_mut(&token.request) else {
             return;
         };
+        if !std::mem::replace(&mut landing.begun, true) {
+            let us = self.clock.now().since_us(landing.expected);
+            tracing::debug!(request = %token.request, %chunk, %layer, us, "first layer landed");
+        }
         let tokens = self.shape.chunk_span(chunk, landing.tokens).len() as u32;
         let start = token.slot.0 as usize * self.slot_bytes;
         let layer_range = self.shape.packed_layer(layer, tokens);

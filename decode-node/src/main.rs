@@ -32,9 +32,9 @@ fn main() -> anyhow::Result<()> {
     let (max_requests, landing) = (config.max_requests, config.landing_memory);
     let max_batch = usize::from(config.max_batch);
     start(config.node, Role::Decode, move |parts| {
-        let Parts { clock, cluster, inbox, transport, engine, kv } = parts;
+        let Parts { clock, cluster, inbox, transport, engine, kv, board } = parts;
         let inbound = Inbound::new(clock, cluster, inbox, transport, *kv.shape(), landing)?;
-        Node::new(engine, kv, inbound, Limits { max_requests, max_batch }).run();
+        Node::new(engine, kv, inbound, Limits { max_requests, max_batch }).showing(board).run();
         Ok(())
     })
 }

@@ -3,10 +3,11 @@
 use crate::completion::Completion;
 use crate::inbound::{Arrival, Inbound};
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use tandem_engine::{Engine, Sequence};
 use tandem_kernels::KvPages;
 use tandem_kv_store::PagePool;
-use tandem_node::Next;
+use tandem_node::{Board, Next, Shown};
 use tandem_proto::ids::{ChoiceIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::wire::{Expect, Load, Message, RequestError, Sampled};
 
@@ -33,6 +34,7 @@ pub struct Node {
     /// Where the next step begins, when not all completions fit one.
     turn: usize,
     told: Load,
+    board: Arc<Board>,
 }
 
 /// How many early cancels are remembered.
@@ -46,6 +48,8 @@ struct Request {
     /// Everything the request will ever need is taken at once, so that no completion stops for lack of pages.
     pages: Vec<PageId>,
     completions: Vec<Completion>,
+    /// A token of this node's has been told.
+    told_first: bool,
 }
 
 /// What came of telling the router.
@@ -78,7 +82,15 @@ impl Node {
             cancelled_early: VecDeque::new(),
             turn: 0,
             told: Load::default(),
+            board: Arc::default(),
         }
+    }
+
+    /// Shows its state there.
+    #[must_use]
+    pub fn showing(mut self, board: Arc<Board>) -> Node {
+        self.board = board;
+        self
     }
 
     /// Runs until it is stopped, or drained and idle.
@@ -176,7 +188,14 @@ impl Node {
         let now = self.inbound.clock.now();
         let deadline = now.after_us(u64::from(expect.generation_timeout_ms) * 1000);
         let handoff_deadline = now.after_us(u64::from(expect.handoff_timeout_ms) * 1000);
-        let request = Request { expect, router, deadline, pages: Vec::new(), completions: Vec::new() };
+        let request = Request {
+            expect,
+            router,
+            deadline,
+            pages: Vec::new(),
+            completions: Vec::new(),
+            told_first: false,
+        };
         let info = self.engine.info();
         let need = self.pages_needed(&request);
         let refusal = if request.prompt_tokens() > info.max_positions {
@@ -336,6 +355,9 @@ impl Node {
                         break 'requests;
                     }
                     completion.told();
+                    if !std::mem::replace(&mut request.told_first, true) {
+                        tracing::debug!(request = %id, "first token decoded");
+                    }
                 }
             }
             if !request.completions.is_empty() && request.completions.iter().all(Completion::is_finished) {
@@ -343,6 +365,7 @@ impl Node {
             }
         }
         for id in &done {
+            tracing::debug!(request = %id, "generated");
             self.free(*id);
         }
         Told { all, freed: !done.is_empty() }
@@ -387,6 +410,16 @@ impl Node {
 
     fn tell_load(&mut self) {
         let load = self.load();
+        let received = self.inbound.received();
+        self.board.show(Shown {
+            router: self.inbound.router(),
+            draining: self.inbound.is_draining(),
+            load,
+            handoffs: self.inbound.open_handoffs(),
+            chunks_verified: received.verified,
+            checksum_mismatches: received.corrupt,
+            stale_writes: received.stale,
+        });
         if load != self.told && self.inbound.try_tell_router(&Message::Load(load)) {
             self.told = load;
         }

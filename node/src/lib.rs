@@ -4,22 +4,28 @@
 //! seam between the two: events come in through an [`Inbox`], messages leave through a [`Cluster`] (a [`Member`]
 //! of a real one, or a simulation), and [`Clock`] gives the loop the time that `tandem-proto` takes as an argument.
 //!
+//! What the loop shows of itself on its [`Board`], and what the transport counts, is served over HTTP.
+//!
 //! It knows nothing of prompts or tokens; [`start`] puts the parts of a node together.
 #![forbid(unsafe_code)]
 
+mod board;
 mod clock;
 mod cluster;
 mod inbox;
 mod member;
 mod router;
 mod start;
+mod status;
 
+pub use board::{Board, Shown};
 pub use clock::{Clock, ClockHand};
 pub use cluster::{Cluster, SendError, lane};
 pub use inbox::{Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
 pub use member::Member;
 pub use router::RouterLink;
 pub use start::{NodeOptions, Parts, start};
+pub use status::StatusAddr;
 
 /// A random id for this incarnation of the process.
 ///

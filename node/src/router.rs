@@ -49,6 +49,12 @@ impl RouterLink {
         self.tell(cluster, Message::Draining);
     }
 
+    /// Who the router is, while there is one.
+    #[must_use]
+    pub fn router(&self) -> Option<NodeId> {
+        self.router
+    }
+
     /// Whether the node was asked to finish.
     #[must_use]
     pub fn is_draining(&self) -> bool {

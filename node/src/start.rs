@@ -1,9 +1,11 @@
 //! From options to a running node.
 
-use crate::{Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox, random_node_id};
+use crate::status::{Running, Status, StatusAddr};
+use crate::{Board, Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox, random_node_id};
 use anyhow::Context;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tandem_engine::{CpuEngine, Engine, LoadOptions};
 use tandem_kernels::KvPages;
@@ -40,6 +42,11 @@ pub struct NodeOptions {
     /// The address that other nodes reach this one at. Needed when it listens on 0.0.0.0 or every IPv6 address.
     #[arg(long, value_name = "IP")]
     pub advertise: Option<IpAddr>,
+    /// Where this node's status is served over HTTP: /metrics for Prometheus, /status, /health, /ready. Port 0 takes a
+    /// free one and logs it; off serves none. There is no authentication: anybody who reaches it can read it, so the
+    /// default keeps it to this machine.
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub status: StatusAddr,
     /// Memory for pages of KV. All of it is taken from the system soon after the start, in the background.
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = units::bytes, help_heading = "Memory and speed")]
     pub kv_memory: usize,
@@ -108,6 +115,8 @@ pub struct Parts {
     pub engine: Box<dyn Engine>,
     /// Its pages.
     pub kv: KvPages,
+    /// Where the loop shows its state.
+    pub board: Arc<Board>,
 }
 
 /// Starts a node and keeps it running until it is told to stop. `run` is its loop, on a thread of its own.
@@ -122,9 +131,17 @@ pub fn start(
     options.process.start_logs()?;
     let shutdown = Shutdown::on_signals()?;
     let identity = options.tls.identity()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let status = Status::new(role);
+    if let Some(addr) = options.status.0 {
+        // Before the model, which may take minutes: whoever watches sees a process that lives.
+        let listener = runtime.block_on(tokio::net::TcpListener::bind(addr));
+        let listener = listener.with_context(|| format!("cannot serve status on --status {addr}"))?;
+        tracing::info!(http = %listener.local_addr()?, "serving status");
+        runtime.spawn(Arc::clone(&status).serve(listener));
+    }
     let (engine, kv) = load(&options)?;
     warm(&kv)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async move {
         let node = random_node_id().context("no randomness for the node's id")?;
         let tuning = Tuning { mtu: options.mtu, ..Tuning::dead_after(options.peer_timeout) };
@@ -155,6 +172,12 @@ pub fn start(
         let (sender, inbox) = inbox(INBOX_EVENTS);
         let unpark = Unpark::default();
         transport.set_waker(unpark.waker());
+        status.is_running(Running {
+            hello: hello.clone(),
+            model: info.name.clone(),
+            paths: options.transport.0.clone(),
+            transport: transport.observer(),
+        });
         let member = Member::new(control, events, sender, unpark.clone());
         member.join(options.router.clone(), hello);
         let parts = Parts {
@@ -164,6 +187,7 @@ pub fn start(
             transport: Box::new(transport),
             engine: Box::new(engine),
             kv,
+            board: Arc::clone(&status.board),
         };
         let (done, mut finished) = oneshot::channel();
         std::thread::Builder::new().name(format!("{role}-loop")).spawn(move || {

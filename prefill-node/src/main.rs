@@ -32,9 +32,9 @@ fn main() -> anyhow::Result<()> {
     let config = tandem_process::parse::<Config>("TANDEM_PREFILL");
     let (step_tokens, max_waiting, staging) = (config.step_tokens, config.max_waiting, config.staging_memory);
     start(config.node, Role::Prefill, move |parts| {
-        let Parts { clock, cluster, inbox, transport, engine, kv } = parts;
+        let Parts { clock, cluster, inbox, transport, engine, kv, board } = parts;
         let outbound = Outbound::new(clock, cluster, inbox, transport, *kv.shape(), staging)?;
-        Node::new(engine, kv, outbound, Limits { step_tokens, max_waiting }).run();
+        Node::new(engine, kv, outbound, Limits { step_tokens, max_waiting }).showing(board).run();
         Ok(())
     })
 }

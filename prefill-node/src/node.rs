@@ -8,10 +8,11 @@ use tandem_engine::sampling::{Sampler, SamplingError};
 use tandem_engine::{Engine, Sequence};
 use tandem_kernels::KvPages;
 use tandem_kv_store::PagePool;
-use tandem_node::Next;
+use tandem_node::{Board, Next, Shown};
 use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId};
 use tandem_proto::keys::{ChunkKey, chunk_keys};
 use tandem_proto::wire::{FirstTokens, Load, Message, RequestError, Sampled};
+use tracing::field::display;
 
 /// Limits of the loop.
 pub struct Limits {
@@ -36,6 +37,7 @@ pub struct Node {
     /// Requests that were cancelled before they came: cancels travel in a lane of their own.
     cancelled_early: VecDeque<RequestId>,
     told: Load,
+    board: Arc<Board>,
 }
 
 /// How many early cancels are remembered.
@@ -77,7 +79,15 @@ impl Node {
             computing: VecDeque::new(),
             cancelled_early: VecDeque::new(),
             told: Load::default(),
+            board: Arc::default(),
         }
+    }
+
+    /// Shows its state there.
+    #[must_use]
+    pub fn showing(mut self, board: Arc<Board>) -> Node {
+        self.board = board;
+        self
     }
 
     /// Runs until it is stopped, or drained and idle.
@@ -162,6 +172,8 @@ impl Node {
     }
 
     fn arrive(&mut self, prompt: Box<Prompt>) {
+        let (request, decode) = (prompt.request, prompt.decode.map(|decode| display(decode.node)));
+        tracing::debug!(%request, router = %prompt.router, decode, tokens = prompt.tokens.len(), "prompt submitted");
         if let Some(at) = self.cancelled_early.iter().position(|request| *request == prompt.request) {
             self.cancelled_early.remove(at);
             return;
@@ -338,6 +350,7 @@ impl Node {
         match sampled {
             Ok(tokens) => {
                 let handed_over = prompt.decode.is_some();
+                tracing::debug!(request = %share.request, cached_tokens = running.cached, "first token computed");
                 let message = FirstTokens {
                     request: share.request,
                     tokens: tokens.clone(),
@@ -392,6 +405,13 @@ impl Node {
 
     fn tell_load(&mut self) {
         let load = self.load();
+        self.board.show(Shown {
+            router: self.outbound.router(),
+            draining: self.outbound.is_draining(),
+            load,
+            handoffs: self.outbound.open_handoffs(),
+            ..Shown::default()
+        });
         if load != self.told && self.outbound.try_tell_router(&Message::Load(load)) {
             self.told = load;
         }

@@ -27,7 +27,7 @@ pub struct Outbound {
     held_back: Option<Push>,
     under_way: HashMap<u64, UnderWay>,
     next_ticket: u64,
-    page_tables: BTreeMap<RequestId, Arc<[PageId]>>,
+    handovers: BTreeMap<RequestId, Handover>,
     links: BTreeMap<NodeId, Link>,
     /// Peers whose transport is being cut: not dialled again before that is done.
     severing: BTreeSet<NodeId>,
@@ -67,6 +67,16 @@ enum Link {
     },
     /// Can be offered prompts.
     Up,
+}
+
+/// A prompt whose KV is handed over.
+struct Handover {
+    pages: Arc<[PageId]>,
+    begun: Time,
+    /// Layers of chunks: all, and those that have landed.
+    layers: u32,
+    landed: u32,
+    bytes: u64,
 }
 
 struct UnderWay {
@@ -128,7 +138,7 @@ impl Outbound {
             held_back: None,
             under_way: HashMap::new(),
             next_ticket: 0,
-            page_tables: BTreeMap::new(),
+            handovers: BTreeMap::new(),
             links: BTreeMap::new(),
             severing: BTreeSet::new(),
             router: RouterLink::default(),
@@ -172,6 +182,11 @@ impl Outbound {
         self.sender.next_timeout().into_iter().chain(dial).chain(flush).min()
     }
 
+    /// The router, if it has accepted this node.
+    pub(crate) fn router(&self) -> Option<NodeId> {
+        self.router.router()
+    }
+
     /// Whether the process was asked to finish.
     pub(crate) fn is_draining(&self) -> bool {
         self.router.is_draining()
@@ -195,8 +210,12 @@ impl Outbound {
 
     /// The prompt has its pages: offers its KV. Chunks below `cached` tokens are in the pages already.
     pub(crate) fn begin(&mut self, prompt: &Prompt, to: NodeId, pages: Arc<[PageId]>, cached: u32) {
-        self.page_tables.insert(prompt.request, pages);
-        self.sender.begin(prompt.request, to, prompt.tokens.len() as u32, prompt.deadline);
+        let (request, tokens) = (prompt.request, prompt.tokens.len() as u32);
+        tracing::debug!(%request, decode = %to, tokens, cached_tokens = cached, "KV offered");
+        let layers = self.shape.chunks(tokens) * self.shape.layers;
+        let begun = self.clock.now();
+        self.handovers.insert(request, Handover { pages, begun, layers, landed: 0, bytes: 0 });
+        self.sender.begin(request, to, tokens, prompt.deadline);
         for chunk in 0..cached / self.shape.chunk_tokens {
             for layer in 0..self.shape.layers {
                 self.sender.ready(prompt.request, ChunkIdx(chunk), LayerIdx(layer));
@@ -267,7 +286,12 @@ impl Outbound {
                 self.arrived.push_back(Arrival::Prompt(Box::new(Prompt::new(submit, from, now))))
             }
             Message::Cancel { request } => self.arrived.push_back(Arrival::Cancelled(request)),
-            Message::Handoff(handoff) => self.sender.message(now, from, handoff),
+            Message::Handoff(handoff) => {
+                if let Handoff::Grant { request, leases } = &handoff {
+                    tracing::debug!(%request, decode = %from, chunks = leases.len(), "KV granted");
+                }
+                self.sender.message(now, from, handoff);
+            }
             other => {
                 tracing::warn!(peer = %from, message = ?std::mem::discriminant(&other), "not a message for a prefill node")
             }
@@ -331,6 +355,7 @@ impl Outbound {
                 Event::Sent { ticket, .. } => {
                     if let Some(UnderWay { push, digest, slot }) = self.under_way.remove(&ticket) {
                         self.staging.free.push(slot);
+                        self.note_landed(&push);
                         self.sender.sent(push.request, push.chunk, push.layer, digest);
                     }
                 }
@@ -352,12 +377,35 @@ impl Outbound {
         self.events = events;
     }
 
+    /// Tells of the first and the last layer of a prompt.
+    fn note_landed(&mut self, push: &Push) {
+        let Push { request, to, chunk, layer, len, .. } = *push;
+        let Some(handover) = self.handovers.get_mut(&request) else { return };
+        handover.landed += 1;
+        handover.bytes += len as u64;
+        let us = self.clock.now().since_us(handover.begun);
+        if handover.landed == 1 {
+            tracing::debug!(%request, decode = %to, %chunk, %layer, us, "first layer written");
+        }
+        if handover.landed == handover.layers {
+            tracing::debug!(%request, decode = %to, bytes = handover.bytes, us, "last layer written");
+        }
+    }
+
     fn act(&mut self) {
         while let Some(action) = self.sender.poll_action() {
             match action {
-                SenderAction::Send { to, message } => self.tell(to, message),
+                SenderAction::Send { to, message } => {
+                    if let Handoff::Done { request, .. } = &message {
+                        tracing::debug!(%request, decode = %to, "KV done");
+                    }
+                    self.tell(to, message);
+                }
                 SenderAction::Release { request, outcome } => {
-                    self.page_tables.remove(&request);
+                    if let Some(Handover { begun, bytes, .. }) = self.handovers.remove(&request) {
+                        let (us, delivered) = (self.clock.now().since_us(begun), outcome.is_ok());
+                        tracing::debug!(%request, delivered, bytes, us, "handoff over");
+                    }
                     self.ended.push_back((request, outcome));
                 }
                 SenderAction::Sever { peer } => self.sever(peer),
@@ -392,7 +440,7 @@ impl Outbound {
     /// Packs one layer and starts its write; gives the slot back if no write was started.
     fn push_one(&mut self, push: Push, slot: Extent, kv: &KvPages) -> Result<(), Extent> {
         let now = self.clock.now();
-        let Some(pages) = self.page_tables.get(&push.request) else {
+        let Some(Handover { pages, .. }) = self.handovers.get(&push.request) else {
             self.sender.not_sent(now, push.request, "the request is over");
             return Err(slot);
         };
@@ -416,6 +464,8 @@ impl Outbound {
         };
         match self.transport.submit(push.to, write) {
             Ok(()) => {
+                let Push { request, chunk, layer, len, .. } = push;
+                tracing::trace!(%request, %chunk, %layer, bytes = len, ticket = self.next_ticket, "layer submitted");
                 self.under_way.insert(self.next_ticket, UnderWay { push, digest, slot });
                 self.next_ticket += 1;
                 Ok(())

@@ -7,12 +7,15 @@
 //! - [`options`]: [`parse`], and the flags that all binaries share, [`ProcessOptions`].
 //! - [`units`]: durations and sizes as people write them.
 //! - [`logs`]: structured logs on standard error.
+//! - [`http`] and [`exposition`]: connections of an HTTP endpoint, and metrics as Prometheus reads them.
 //! - [`shutdown`]: a first signal asks to drain, a second one ends the process.
 //! - [`tls`]: the flags that say who this process is to its peers.
 //!
 //! It never decides what a process does: there is no framework here, only pieces that `main` puts together.
 #![forbid(unsafe_code)]
 
+pub mod exposition;
+pub mod http;
 pub mod logs;
 pub mod options;
 pub mod shutdown;

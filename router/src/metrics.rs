@@ -2,10 +2,10 @@
 
 use crate::membership::Member;
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use tandem_process::exposition::{head, histogram, sample};
 use tandem_proto::wire::Role;
 
 /// Seconds, from a token of a small model to a long answer.
@@ -50,15 +50,8 @@ impl Histogram {
 
     fn write(&self, out: &mut String, name: &str, help: &str) {
         head(out, name, "histogram", help);
-        let mut count = 0;
-        for (bucket, bound) in
-            self.buckets.iter().zip(BUCKETS.iter().map(f64::to_string).chain(["+Inf".into()]))
-        {
-            count += bucket.load(Relaxed);
-            let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {count}");
-        }
-        let _ = writeln!(out, "{name}_sum {}", self.sum_us.load(Relaxed) as f64 / 1e6);
-        let _ = writeln!(out, "{name}_count {count}");
+        let counts = self.buckets.each_ref().map(|bucket| bucket.load(Relaxed));
+        histogram(out, name, &[], &BUCKETS, &counts, self.sum_us.load(Relaxed) as f64 / 1e6);
     }
 }
 
@@ -113,10 +106,8 @@ impl Metrics {
         head(&mut out, "tandem_router_http_requests_total", "counter", "Responses by endpoint and status.");
         for ((endpoint, status), count) in self.requests.lock().unwrap_or_else(PoisonError::into_inner).iter()
         {
-            let _ = writeln!(
-                out,
-                "tandem_router_http_requests_total{{endpoint=\"{endpoint}\",status=\"{status}\"}} {count}"
-            );
+            let labels = [("endpoint", *endpoint), ("status", &status.to_string())];
+            sample(&mut out, "tandem_router_http_requests_total", &labels, count);
         }
         for (name, kind, help, value) in [
             ("requests_running", "gauge", "Requests being answered.", gauges.running as u64),
@@ -147,7 +138,7 @@ impl Metrics {
         ] {
             let name = format!("tandem_router_{name}");
             head(&mut out, &name, kind, help);
-            let _ = writeln!(out, "{name} {value}");
+            sample(&mut out, &name, &[], value);
         }
         self.first_token.write(
             &mut out,
@@ -171,7 +162,9 @@ fn write_members(out: &mut String, members: &[Member]) {
         for (state, draining) in [("available", false), ("draining", true)] {
             let is_counted = |member: &&Member| member.hello.role == role && member.draining == draining;
             let count = members.iter().filter(is_counted).count();
-            let _ = writeln!(out, "tandem_router_nodes{{role=\"{role}\",state=\"{state}\"}} {count}");
+            let role = role.to_string();
+            let labels = [("role", role.as_str()), ("state", state)];
+            sample(out, "tandem_router_nodes", &labels, count);
         }
     }
     type Read = fn(&Member) -> u32;
@@ -187,20 +180,11 @@ fn write_members(out: &mut String, members: &[Member]) {
         let name = format!("tandem_router_node_{what}");
         head(out, &name, "gauge", help);
         for member in members {
-            let (node, role) = (member.hello.node, member.hello.role);
-            let called = escape(&member.hello.name);
-            let _ =
-                writeln!(out, "{name}{{node=\"{node}\",name=\"{called}\",role=\"{role}\"}} {}", read(member));
+            let (node, role) = (member.hello.node.to_string(), member.hello.role.to_string());
+            let labels = [("node", node.as_str()), ("name", &member.hello.name), ("role", &role)];
+            sample(out, &name, &labels, read(member));
         }
     }
-}
-
-fn head(out: &mut String, name: &str, kind: &str, help: &str) {
-    let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
-}
-
-fn escape(label: &str) -> String {
-    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 #[cfg(test)]

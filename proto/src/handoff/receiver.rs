@@ -33,6 +33,8 @@ impl Default for ReceiverConfig {
 pub struct ReceiverStats {
     /// Writes that landed under no current lease, and were ignored.
     pub stale: u64,
+    /// Chunks whose digests were the sender's.
+    pub verified: u64,
     /// Chunks whose digests differed.
     pub corrupt: u64,
     /// Peers that were severed.
@@ -517,6 +519,7 @@ impl Receiver {
         if held.digests.iter().any(Option::is_none) {
             return;
         }
+        self.stats.verified += 1;
         self.free_slot(token.slot);
         let incoming = self.requests.get_mut(&token.request).expect("it held the slot");
         if incoming.phase == Phase::Landing {

@@ -18,6 +18,8 @@ use std::time::Instant;
 use tandem_proto::ids::{NodeId, RequestId};
 use tandem_proto::wire::{RequestError, Role};
 use tokio::sync::{mpsc, watch};
+use tracing::Instrument;
+use tracing::field::display;
 
 /// One of the two shapes of an answer.
 pub(super) trait Form: Send + 'static {
@@ -130,6 +132,8 @@ impl Generation {
             let inbox = Inbox { job: index, ..self.inbox.clone() };
             match self.app.dispatcher.submit(request, &job.plan, &avoid, inbox) {
                 Ok(attempt) => {
+                    let (prefill, decode) = (attempt.prefill, attempt.decode.map(display));
+                    tracing::debug!(%request, %prefill, decode, prompt_tokens = job.plan.prompt.len(), "submitted");
                     job.attempt = Some(attempt);
                     return Ok(());
                 }
@@ -216,6 +220,7 @@ impl Generation {
             News::First(first) => {
                 if !job.life.has_first() {
                     metrics.first_token.observe(now - self.started);
+                    tracing::debug!(request = %arrival.request, after = ?(now - self.started), "first token");
                     job.last_token.fill(Some(now));
                 }
                 job.life.handle_first(first)
@@ -280,6 +285,7 @@ impl Generation {
     fn count(&self) {
         let (usage, metrics) = (self.usage(), &self.app.metrics);
         metrics.whole.observe(self.started.elapsed());
+        tracing::debug!(completion_tokens = usage.completion_tokens, after = ?self.started.elapsed(), "complete");
         metrics.prompt_tokens.add(usage.prompt_tokens.into());
         metrics.completion_tokens.add(usage.completion_tokens.into());
         metrics.cached_tokens.add(usage.prompt_tokens_details.cached_tokens.into());
@@ -322,7 +328,7 @@ impl Generation {
     pub(super) async fn stream(mut self, form: impl Form, include_usage: bool) -> Result<Response, ApiError> {
         let first = self.next().await?;
         let (events, body) = sse::channel(self.app.settings.client_timeout);
-        tokio::spawn(async move {
+        let streaming = async move {
             let metrics = self.app.metrics.clone();
             let ended = self.pump(form, include_usage, first, &events).await;
             // The nodes are told before a slow client is.
@@ -336,7 +342,8 @@ impl Generation {
                     let _ = events.send(&error.envelope()).await;
                 }
             }
-        });
+        };
+        tokio::spawn(streaming.in_current_span());
         let headers = [
             (header::CONTENT_TYPE, "text/event-stream; charset=utf-8"),
             (header::CACHE_CONTROL, "no-cache"),

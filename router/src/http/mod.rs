@@ -22,8 +22,11 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tandem_process::exposition;
 use tandem_text::TextModel;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tracing::Instrument;
+use tracing::field::Empty;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// The status, in metrics alone, of a request whose client left before there was a response.
@@ -211,9 +214,14 @@ async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Re
             .unwrap_or(HeaderValue::from_static("req")),
     };
     let mut exchange = Exchange { app, endpoint, status: CLIENT_GONE };
-    let mut response = next.run(request).await;
+    // It was checked to be text, or is our own.
+    let span = tracing::info_span!("request", request_id = id.to_str().unwrap_or_default(), trace_id = Empty);
+    if let Some(trace) = trace_id(request.headers()) {
+        span.record("trace_id", trace);
+    }
+    let mut response = next.run(request).instrument(span.clone()).await;
     exchange.status = response.status().as_u16();
-    tracing::debug!(endpoint, status = exchange.status, request_id = ?id, "answered");
+    span.in_scope(|| tracing::debug!(endpoint, status = exchange.status, "answered"));
     response.headers_mut().insert(REQUEST_ID, id);
     response
 }
@@ -254,6 +262,19 @@ fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
     let text = id.to_str().ok()?;
     let fits = (1..=MAX_REQUEST_ID).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic());
     fits.then(|| id.clone())
+}
+
+/// The trace that the request is part of, as W3C's `traceparent` names it.
+fn trace_id(headers: &HeaderMap) -> Option<&str> {
+    let mut parts = headers.get("traceparent")?.to_str().ok()?.split('-');
+    let is_hex =
+        |text: &str, len| text.len() == len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let right =
+        is_hex(version, 2) && version != "ff" && is_hex(trace, 32) && is_hex(parent, 16) && is_hex(flags, 2);
+    // Of later versions more may follow; zeros name none.
+    let ends = version != "00" || parts.next().is_none();
+    (right && ends && trace.bytes().any(|b| b != b'0')).then_some(trace)
 }
 
 impl IntoResponse for ApiError {
@@ -319,7 +340,7 @@ async fn ready(State(app): State<Arc<App>>) -> Response {
 async fn metrics(State(app): State<Arc<App>>) -> Response {
     let gauges = Gauges { running: *app.running.borrow(), queued: app.queued.load(Relaxed) };
     let text = app.metrics.render(gauges, &app.dispatcher.members());
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    ([(header::CONTENT_TYPE, exposition::CONTENT_TYPE)], text).into_response()
 }
 
 async fn version() -> Json<Value> {
@@ -335,4 +356,26 @@ fn random() -> u128 {
     let mut bytes = [0; 16];
     getrandom::fill(&mut bytes).expect("the system's random numbers are always there once it is up");
     u128::from_le_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_trace_is_known_by_its_traceparent() {
+        let check = |value: &str, expected: Option<&str>| {
+            let mut headers = HeaderMap::new();
+            headers.insert("traceparent", HeaderValue::from_str(value).unwrap());
+            assert_eq!(trace_id(&headers), expected, "{value}");
+        };
+        let trace = "0af7651916cd43dd8448eb211c80319c";
+        check(&format!("00-{trace}-b7ad6b7169203331-01"), Some(trace));
+        check(&format!("cc-{trace}-b7ad6b7169203331-01-more"), Some(trace));
+        check(&format!("00-{trace}-b7ad6b7169203331-01-more"), None);
+        check(&format!("ff-{trace}-b7ad6b7169203331-01"), None);
+        check(&format!("00-{}-b7ad6b7169203331-01", trace.to_uppercase()), None);
+        check(&format!("00-{}-b7ad6b7169203331-01", "0".repeat(32)), None);
+        check("00", None);
+    }
 }
