@@ -95,6 +95,10 @@ impl Hello {
         }
     }
 
+    pub(crate) fn sample() -> Vec<u8> {
+        Hello { node: NodeId(7), life: 8, part: 1, parts: 2, ports: [9; MAX_PORTS] }.encode().to_vec()
+    }
+
     fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HandshakeError> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u64_at = |at: usize| {
@@ -168,6 +172,12 @@ impl Offers {
         if let Some(offers) = Offers::decode(bytes) {
             assert_eq!(Offers::decode(&offers.encode()), Some(offers));
         }
+    }
+
+    pub(crate) fn sample() -> Vec<u8> {
+        let shm = Some(shm::Offer { host: [7; 16], name: b"tandem-1".to_vec() });
+        let tls = Some(tls::Offer { port: 4711, connections: 3 });
+        Offers { secret: [3; 32], shm, tls, rdma: Some(vec![1; 58]) }.encode()
     }
 }
 

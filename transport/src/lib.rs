@@ -15,6 +15,8 @@
 pub mod control;
 mod endpoint;
 mod events;
+#[doc(hidden)]
+pub mod fuzz;
 mod handshake;
 mod identity;
 mod lent;
@@ -39,25 +41,3 @@ pub use tandem_proto::wire::Window;
 pub use transport::{
     Event, FailReason, RegionId, SeverReason, SubmitError, Transport, TransportError, Write,
 };
-
-/// Gives bytes to every decoder of what peers send, for fuzzing: none may panic, or take memory that did not
-/// come in.
-#[doc(hidden)]
-pub fn decode_anything(bytes: &[u8]) {
-    handshake::Hello::fuzz(bytes);
-    handshake::Offers::fuzz(bytes);
-    net::fuzz(bytes);
-    shm::fuzz(bytes);
-    tls::fuzz(bytes);
-    #[cfg(feature = "rdma")]
-    rdma::fuzz(bytes);
-    for cut in [1, 7, bytes.len().max(1)] {
-        let mut decoder = control::frame::Decoder::new(1 << 16);
-        for piece in bytes.chunks(cut) {
-            decoder.push(piece);
-            while let Ok(Some(frame)) = decoder.pop() {
-                assert!(frame.len() <= bytes.len());
-            }
-        }
-    }
-}

@@ -19,7 +19,6 @@ use crate::identity::Identity;
 use crate::quic::{MAX_STREAMS, STREAMS};
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
 use crate::{shm, tls};
-pub(crate) use header::fuzz;
 use lane::Path;
 use node::{Node, Worker};
 use std::net::SocketAddr;

@@ -119,6 +119,18 @@ pub(super) fn fuzz(bytes: &[u8]) {
     }
 }
 
+/// Of each, one to be damaged by fuzzing.
+pub(super) fn samples() -> Vec<Vec<u8>> {
+    let messages = [
+        Message::Join { node: NodeId(5), life: 6, secret: [9; 32] },
+        Message::Welcome,
+        Message::Region { serial: 3, len: 1 << 30 },
+        Message::Wake,
+    ];
+    let offer = Offer { host: [7; 16], name: b"tandem-1".to_vec() };
+    messages.iter().map(Message::encode).chain([offer.encode()]).collect()
+}
+
 /// Takes lanes of other processes of this host.
 pub(crate) struct Listener {
     socket: OwnedFd,

@@ -72,6 +72,7 @@ impl From<Garbled> for Error {
 /// Decoders of what peers send.
 pub(crate) fn fuzz(bytes: &[u8]) {
     handover::fuzz(bytes);
+    ring::fuzz(bytes);
     let mut words = [0; JOB_WORDS];
     for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
         *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
@@ -79,6 +80,24 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     if let Some(announced) = Announced::decode(&words) {
         assert_eq!(Announced::decode(&announced.encode()), Some(announced));
     }
+}
+
+/// Of each, one to be damaged by fuzzing.
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let window = Window { region: 1, key: 2, offset: 3, len: 1 << 20 };
+    let header = Header {
+        window,
+        offset: 4,
+        len: 20_000,
+        immediate: 5,
+        sequence: 6,
+        floor: 7,
+        failed: Some(Path::Shm),
+    };
+    let words = Announced { header, region: 8, at: 9 }.encode();
+    let mut samples = handover::samples();
+    samples.push(words.iter().flat_map(|word| word.to_le_bytes()).collect());
+    samples
 }
 
 /// Makes a lane to the peer of a life that was dialled here. Waits a second at most.
