@@ -70,7 +70,7 @@ pub(crate) enum HandshakeError {
 }
 
 impl Hello {
-    fn encode(&self) -> [u8; HELLO_BYTES] {
+    pub(crate) fn encode(&self) -> [u8; HELLO_BYTES] {
         let mut out = [0; HELLO_BYTES];
         let mut at = 0;
         let mut put = |bytes: &[u8]| {

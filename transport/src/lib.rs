@@ -18,6 +18,9 @@ mod events;
 #[doc(hidden)]
 pub mod fuzz;
 mod handshake;
+#[cfg(test)]
+#[allow(unsafe_code)] // Tests look into the memory that they give.
+mod hostile;
 mod identity;
 mod lent;
 mod net;
@@ -38,6 +41,8 @@ pub use identity::{Identity, IdentityError};
 pub use net::lane::Path;
 pub use net::{NetConfig, NetMetrics, NetTransport, PathMetrics};
 pub use tandem_proto::wire::Window;
+#[doc(hidden)]
+pub use transport::Held;
 pub use transport::{
     Event, FailReason, RegionId, SeverReason, SubmitError, Transport, TransportError, Write,
 };

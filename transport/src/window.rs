@@ -127,6 +127,10 @@ impl Windows {
         }
     }
 
+    pub(crate) fn open_count(&self) -> usize {
+        lock(&self.table).by_key.len()
+    }
+
     /// Closes every window of a peer.
     pub(crate) fn close_all_of(&self, peer: NodeId) {
         let keys: Vec<u64> =

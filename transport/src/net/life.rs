@@ -100,6 +100,11 @@ impl Life {
         self.state().parts.iter().flatten().cloned().collect()
     }
 
+    /// Writes that were taken and are not reported.
+    pub(super) fn unreported(&self) -> usize {
+        self.state().tickets.len()
+    }
+
     /// The path that writes take now.
     pub(super) fn path(&self) -> Option<Path> {
         self.state().lanes.first().map(|lane| lane.path())

@@ -17,7 +17,7 @@ use crate::endpoint::{BindError, Bound, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};
 use crate::identity::Identity;
 use crate::quic::{MAX_STREAMS, STREAMS};
-use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
+use crate::transport::{Event, Held, RegionId, SubmitError, Transport, TransportError, Write};
 use crate::{shm, tls};
 use lane::Path;
 use node::{Node, Worker};
@@ -263,6 +263,13 @@ impl NetTransport {
     #[doc(hidden)]
     pub fn fail_path(&self, peer: NodeId, path: Path) {
         self.node.fail_path(peer, path);
+    }
+
+    /// What it holds for its peers: for tests of what is left when they are gone.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn held(&self) -> Held {
+        self.node.held()
     }
 
     /// Stops without a word to anyone, as a crash would: for tests of those who must notice.

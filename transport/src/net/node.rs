@@ -10,7 +10,7 @@ use crate::quic::Link;
 #[cfg(feature = "rdma")]
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
 use crate::rng::Rng;
-use crate::transport::{Event, FailReason, RegionId, SeverReason, SubmitError, TransportError, Write};
+use crate::transport::{Event, FailReason, Held, RegionId, SeverReason, SubmitError, TransportError, Write};
 use crate::window::Windows;
 use crate::{shm, tls};
 use quinn::Connection;
@@ -222,6 +222,16 @@ impl Node {
         let of =
             |peer: &Peer| if let State::Life(life) = &peer.state { Some(Arc::clone(life)) } else { None };
         lock(&self.peers).values().filter_map(of).collect()
+    }
+
+    pub(super) fn held(&self) -> Held {
+        let lives = self.lives();
+        Held {
+            windows: self.windows.open_count(),
+            peers: lives.len(),
+            writes: lives.iter().map(|life| life.unreported()).sum(),
+            connections: self.workers.iter().map(|worker| worker.bound.endpoint.open_connections()).sum(),
+        }
     }
 
     pub(super) fn fail_path(&self, peer: NodeId, path: Path) {

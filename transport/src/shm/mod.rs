@@ -7,6 +7,8 @@
 //! when the other process is gone, with which the system frees everything.
 
 mod handover;
+#[cfg(test)]
+mod hostile;
 mod ring;
 
 use crate::net::header::Header;

@@ -251,6 +251,24 @@ pub(super) fn fuzz(bytes: &[u8]) {
     }
 }
 
+/// Where a peer that made the memory says how much it has put into its queues.
+#[cfg(test)]
+pub(super) const JOBS_HEAD: usize = JOBS_AT;
+#[cfg(test)]
+pub(super) const ACKS_HEAD: usize = ACKS_AT;
+#[cfg(test)]
+pub(super) const TAIL_AFTER_HEAD: usize = LINE;
+
+#[cfg(test)]
+pub(super) fn scribble(memory: &Arc<HostRegion>, at: usize, value: u64) {
+    Word { memory: Arc::clone(memory), at }.get().store(value, Ordering::Release);
+}
+
+#[cfg(test)]
+pub(super) fn glimpse(memory: &Arc<HostRegion>, at: usize) -> u64 {
+    Word { memory: Arc::clone(memory), at }.get().load(Ordering::Acquire)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -60,12 +60,12 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    fn new(Secured { socket, sealer, opener }: Secured) -> Joined {
+    pub(super) fn new(Secured { socket, sealer, opener }: Secured) -> Joined {
         Joined { socket, incoming: Incoming::new(opener), outgoing: Outgoing::new(sealer) }
     }
 
     /// Waits for one frame, which must be the one that `take` wants.
-    fn hear<T>(
+    pub(super) fn hear<T>(
         &mut self,
         deadline: Deadline,
         take: impl FnOnce(Frame<'_>) -> Option<T>,
@@ -83,7 +83,7 @@ impl Joined {
     }
 }
 
-fn say(
+pub(super) fn say(
     socket: &TcpStream,
     outgoing: &mut Outgoing,
     frame: &Frame<'_>,

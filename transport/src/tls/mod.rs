@@ -10,6 +10,8 @@
 
 mod frame;
 mod handshake;
+#[cfg(test)]
+mod hostile;
 mod incoming;
 mod join;
 mod lane;
