@@ -8,6 +8,7 @@
 //! Threads of its own do the work, those of QUIC each with a socket and a single-threaded runtime; the node
 //! loop only touches queues.
 
+pub(crate) mod handshakes;
 pub(crate) mod header;
 pub(crate) mod lane;
 pub(crate) mod life;

@@ -1,5 +1,6 @@
 //! What the node loop and the threads share: peers, windows, and events on their way to `poll`.
 
+use super::header::Header;
 use super::lane::{Lane, Path};
 use super::life::{Life, MAX_PARTS, Moved, Phase, Remains};
 use super::{NetConfig, NetMetrics, PathMetrics};
@@ -401,8 +402,12 @@ impl Node {
         add(&counters.bytes_landed, bytes);
     }
 
-    pub(crate) fn count_refused(&self) {
+    /// A write of the peer's is not wanted: no such window is open for it.
+    pub(crate) fn note_refused(&self, peer: NodeId, header: &Header) {
         add(&self.counters.writes_refused, 1);
+        // Ordinary where windows are closed under writes; else a peer that claims what it was not granted.
+        let Header { window, offset, len, .. } = header;
+        tracing::debug!(%peer, ?window, offset, len, "write refused: no such window is open for its writer");
     }
 
     /// A lane carries nothing any more: what it has not settled goes another way, and if there is none, the
@@ -418,6 +423,7 @@ impl Node {
                 add(&self.counters.writes_repeated, writes as u64);
             }
             Moved::NoneLeft => {
+                tracing::warn!(%peer, %path, reason, "path failed, and there is no other");
                 add(&self.counters.paths[path as usize].failed, 1);
                 let reason = SeverReason::Lost(format!("{path}: {reason}"));
                 self.end(&mut lock(&self.peers), life, reason);

@@ -119,7 +119,7 @@ impl Session for NetSession {
         match self.node.windows.find(self.life.peer, &header.window, header.offset, header.len) {
             Some(landing) => Arrival::Open(landing),
             None => {
-                self.node.count_refused();
+                self.node.note_refused(self.life.peer, header);
                 Arrival::Refused
             }
         }
@@ -129,7 +129,7 @@ impl Session for NetSession {
         let Header { len, immediate, sequence, floor, .. } = *header;
         let peer = self.life.peer;
         if !landing.complete(|| self.node.report_landed(peer, immediate, len, landing.key())) {
-            self.node.count_refused();
+            self.node.note_refused(self.life.peer, header);
             return Some(false);
         }
         self.node.count_landed(Path::Rdma, len);

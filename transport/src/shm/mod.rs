@@ -11,12 +11,13 @@ mod handover;
 mod hostile;
 mod ring;
 
+use crate::net::handshakes::Handshakes;
 use crate::net::header::Header;
 use crate::net::lane::{Job, Lane, LaneId, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
 pub(crate) use handover::{Listener, Offer};
-use handover::{Message, Received, Socket};
+use handover::{Message, PATIENCE, Received, Socket};
 use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -119,9 +120,19 @@ pub(crate) fn dial(node: &Arc<Node>, life: &Arc<Life>, offer: &Offer) -> Result<
 /// Takes lanes until the listener is stopped.
 pub(crate) fn accept(node: &Arc<Node>) {
     let Some(listener) = node.shm() else { return };
+    let handshakes = Arc::default();
     while let Some(socket) = listener.accept() {
-        if let Err(error) = admit(node, socket) {
-            tracing::warn!(%error, "shared memory lane refused");
+        let place = Handshakes::place(&handshakes, PATIENCE);
+        let node = Arc::clone(node);
+        // Not one of the node's threads, which stopping waits for: whoever connects may be slow.
+        let admitting = std::thread::Builder::new().name("shm-join".into()).spawn(move || {
+            let _place = place;
+            if let Err(error) = admit(&node, socket) {
+                tracing::warn!(%error, "shared memory lane refused");
+            }
+        });
+        if let Err(error) = admitting {
+            tracing::warn!(%error, "refused: no thread for a shared memory lane");
         }
     }
 }
@@ -280,7 +291,8 @@ impl ShmLane {
             let mut busy = self.settle(node, life, &mut incoming)?;
             busy |= self.flush()?;
             let mut untold = 0;
-            while incoming.answers.has_room()?
+            while !self.is_closed()
+                && incoming.answers.has_room()?
                 && let Some(words) = incoming.jobs.pop()?
             {
                 busy = true;
@@ -316,7 +328,10 @@ impl ShmLane {
     /// Takes in the peer's answers.
     fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<bool, Error> {
         let mut any = false;
-        while let Some([ack]) = incoming.acks.pop()? {
+        // The peer may answer without end what was never asked.
+        while !self.is_closed()
+            && let Some([ack]) = incoming.acks.pop()?
+        {
             any = true;
             let (sequence, landed) = (ack >> 1, ack & 1 == 1);
             // An answer to what was never asked is passed over.
@@ -441,7 +456,7 @@ impl ShmLane {
             return Ok(0);
         }
         if !landed {
-            node.count_refused();
+            node.note_refused(life.peer, &announced.header);
         }
         incoming.answers.push(&[sequence << 1 | u64::from(landed)]);
         Ok(len)

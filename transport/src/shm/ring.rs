@@ -256,6 +256,9 @@ pub(super) fn fuzz(bytes: &[u8]) {
 pub(super) const JOBS_HEAD: usize = JOBS_AT;
 #[cfg(test)]
 pub(super) const ACKS_HEAD: usize = ACKS_AT;
+/// Where its peer says how much it has answered.
+#[cfg(test)]
+pub(super) const ANSWERS_HEAD: usize = WAY_BYTES + ACKS_AT;
 #[cfg(test)]
 pub(super) const TAIL_AFTER_HEAD: usize = LINE;
 

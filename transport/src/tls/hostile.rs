@@ -95,7 +95,7 @@ fn writes_to_what_was_not_granted_are_refused_one_by_one() {
         }
         assert_eq!(lane.fate(), Ack { sequence: header.sequence, landed: false });
     }
-    log.expect(&["write refused", "n-2"]);
+    log.expect(&["write refused", "peer=0000000000000002"]);
     victim.check_unharmed();
     assert!(lane.session.connection.close_reason().is_none(), "a refused write ends nothing");
     victim.stop();

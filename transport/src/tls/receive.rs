@@ -144,7 +144,7 @@ impl Receiver<'_> {
             Fate::LandedBefore => true,
         };
         if !landed {
-            self.node.count_refused();
+            self.node.note_refused(self.life.peer, header);
         }
         self.lane.acknowledge(Ack { sequence, landed })
     }
