@@ -68,12 +68,18 @@ impl Log {
 }
 
 pub(crate) fn identity() -> Identity {
+    identity_and_ca().0
+}
+
+/// With the CA's key and certificate.
+fn identity_and_ca() -> (Identity, String) {
     static DIRS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     let n = DIRS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let dir = std::env::temp_dir().join(format!("tandem-hostile-{}-{n}", std::process::id()));
     let identity = Identity::load_or_create(&dir).unwrap();
+    let pem = std::fs::read_to_string(dir.join("ca.pem")).unwrap();
     std::fs::remove_dir_all(dir).unwrap();
-    identity
+    (identity, pem)
 }
 
 /// A node among harm: with windows for the hostile one and for a friend, whose writes must go on.
@@ -85,13 +91,14 @@ pub(crate) struct Victim {
     friend: NetTransport,
     friends_memory: Arc<HostRegion>,
     pub(crate) identity: Identity,
+    ca: String,
     /// What the windows are to hold still.
     before: Vec<u8>,
 }
 
 impl Victim {
     pub(crate) fn new(config: NetConfig) -> Victim {
-        let identity = identity();
+        let (identity, ca) = identity_and_ca();
         let bind = |id, config| NetTransport::bind(ANY, &identity, id, config).unwrap();
         let friends = NetConfig { paths: config.paths.clone(), ..NetConfig::default() };
         let (mut transport, friend) = (bind(VICTIM, config), bind(FRIEND, friends));
@@ -106,11 +113,20 @@ impl Victim {
             friend,
             friends_memory,
             identity,
+            ca,
             before,
         };
         victim.friend.connect(VICTIM, victim.addr());
         victim.until(|events| events.contains(&Event::Connected { peer: FRIEND }));
         victim
+    }
+
+    /// Issues certificates of its cluster.
+    fn issuer(&self) -> rcgen::Issuer<'static, rcgen::KeyPair> {
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "tandem cluster CA");
+        rcgen::Issuer::new(params, rcgen::KeyPair::from_pem(&self.ca).unwrap())
     }
 
     pub(crate) fn addr(&self) -> SocketAddr {
@@ -152,6 +168,7 @@ impl Victim {
             let begun = Instant::now();
             let landed = Event::Landed { peer: FRIEND, immediate, len: half as u64 };
             self.until(|events| events.contains(&landed));
+            println!("the friend waited {:?}", begun.elapsed());
             assert!(begun.elapsed() < Duration::from_secs(2), "the friend waited {:?}", begun.elapsed());
         }
         self.transport.close_window(window);
@@ -357,10 +374,15 @@ fn floods_of_streams_and_answers_stay_bounded() {
         status.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
     };
     let before = resident();
+    // As many answers as fit the window, again and again, and meanwhile the friend writes.
+    let answers: Vec<u8> =
+        (0..10_000u64).flat_map(|n| Ack { sequence: 1 << 40 | n, landed: true }.encode()).collect();
+    let flood = hostile.runtime.spawn(async move { while acks.write_all(&answers).await.is_ok() {} });
+    for _ in 0..5 {
+        victim.check_unharmed();
+    }
+    flood.abort();
     let opened = hostile.run(async {
-        for sequence in 0..500_000u64 {
-            acks.write_all(&Ack { sequence: 1 << 40 | sequence, landed: true }.encode()).await.unwrap();
-        }
         let mut streams = Vec::new();
         let mut patience = Box::pin(tokio::time::sleep(Duration::from_millis(500)));
         loop {
@@ -480,6 +502,63 @@ fn handshakes_that_are_never_finished_are_given_up() {
     // There is room for whoever comes next.
     let session = hostile.meet(victim.addr());
     drop(session);
+    victim.stop();
+}
+
+/// Whoever has no certificate of this cluster that is good today is refused, and the log says why. On both planes:
+/// they share the endpoint.
+#[test]
+fn strangers_are_refused_with_the_reason() {
+    Log::begin();
+    let mut victim = Victim::new(quic_alone());
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let (control, _events) = Control::bind(ANY, &victim.identity, NodeId(7), Limits::default()).unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let leaf = |edit: fn(&mut rcgen::CertificateParams), issuer: &rcgen::Issuer<'_, rcgen::KeyPair>| {
+        let mut params = rcgen::CertificateParams::new(vec!["tandem".to_owned()]).unwrap();
+        params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+        edit(&mut params);
+        vec![params.signed_by(&key, issuer).unwrap().der().clone()]
+    };
+    let only_for_servers = |leaf: &mut rcgen::CertificateParams| {
+        leaf.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+    };
+    let ours = victim.issuer();
+    let theirs = rcgen::Issuer::new(rcgen::CertificateParams::default(), rcgen::KeyPair::generate().unwrap());
+    let cases = [
+        ("UnknownIssuer", leaf(|_| {}, &theirs)),
+        ("xpired", leaf(|leaf| leaf.not_after = rcgen::date_time_ymd(2020, 1, 1), &ours)),
+        ("not valid yet", leaf(|leaf| leaf.not_before = rcgen::date_time_ymd(4000, 1, 1), &ours)),
+        ("invalid peer certificate", leaf(only_for_servers, &ours)),
+        ("certificate", Vec::new()),
+    ];
+    let planes: [(&str, &[u8], SocketAddr); 2] = [
+        ("data connection refused", STREAMS.protocol, victim.addr()),
+        ("control connection refused", b"tandem-control/1", control.local_addr()),
+    ];
+    for (plane, protocol, addr) in planes {
+        for (reason, chain) in &cases {
+            let log = Log::begin();
+            let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+            let tls = victim.identity.presenting(chain.clone(), key, protocol);
+            let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
+            let endpoint = quinn::Endpoint::client(ANY).unwrap();
+            let connecting =
+                endpoint.connect_with(quinn::ClientConfig::new(Arc::new(tls)), addr, "tandem").unwrap();
+            let refused = runtime.block_on(async {
+                match connecting.await {
+                    // This side is done before the other one has looked at its certificate.
+                    Ok(connection) => connection.closed().await,
+                    Err(error) => error,
+                }
+            });
+            // TLS tells it in the words of an alert.
+            assert!(matches!(refused, quinn::ConnectionError::ConnectionClosed(_)), "{refused:?}");
+            log.expect(&[plane, reason]);
+        }
+    }
+    victim.check_unharmed();
     victim.stop();
 }
 
