@@ -6,24 +6,49 @@
 #![forbid(unsafe_code)]
 
 mod handoff;
+pub mod samples;
 
 pub use handoff::handoff;
 
 use tandem_proto::handoff::Immediate;
 use tandem_proto::wire;
 use tandem_transport::control::frame::Decoder;
+use tandem_transport::fuzz::DECODERS;
 
-/// A target: its name, and what it does with an input.
-pub type Target = (&'static str, fn(&[u8]));
+/// A target.
+pub struct Target {
+    /// As it is called.
+    pub name: &'static str,
+    /// What it does with an input.
+    pub play: fn(&[u8]),
+    /// Inputs that are right, to be damaged.
+    pub samples: fn() -> Vec<Vec<u8>>,
+}
 
-/// All targets.
-pub const TARGETS: [Target; 5] = [
-    ("wire", wire_message),
-    ("frames", frames),
-    ("transport", tandem_transport::decode_anything),
-    ("immediate", immediate),
-    ("handoff", handoff),
-];
+/// All targets: each of ours, and each group of decoders of the transport.
+#[must_use]
+pub fn targets() -> Vec<Target> {
+    let ours = [
+        Target { name: "wire", play: wire_message, samples: samples::frames },
+        Target { name: "frames", play: frames, samples: samples::streams },
+        Target { name: "immediate", play: immediate, samples: Vec::new },
+        Target { name: "handoff", play: handoff, samples: Vec::new },
+    ];
+    let transports = DECODERS.iter().map(|of| Target { name: of.name, play: of.decode, samples: of.samples });
+    ours.into_iter().chain(transports).collect()
+}
+
+/// Plays an input to the target of this name.
+///
+/// # Panics
+/// When there is none, or a rule is broken.
+pub fn play(name: &str, input: &[u8]) {
+    thread_local! {
+        static TARGETS: Vec<Target> = targets();
+    }
+    let play = TARGETS.with(|all| all.iter().find(|target| target.name == name).map(|target| target.play));
+    play.expect("the target exists")(input);
+}
 
 /// A message that is decoded is encoded to something that decodes to the same.
 pub fn wire_message(input: &[u8]) {

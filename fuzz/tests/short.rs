@@ -1,10 +1,9 @@
 //! A moment of fuzzing for every target, the same for a seed: made-up bytes, and messages that were damaged.
 
-use tandem_fuzz::TARGETS;
-use tandem_proto::ids::{NodeId, RequestId, TokenId};
-use tandem_proto::wire::{
-    self, Expect, Generation, Handoff, Message, RequestError, SamplingParams, WireError,
-};
+use tandem_fuzz::samples::messages;
+use tandem_fuzz::{samples, targets};
+use tandem_proto::ids::RequestId;
+use tandem_proto::wire::{self, Handoff, Message, WireError};
 
 /// Inputs for each target; `TANDEM_FUZZ_INPUTS=N` plays more.
 fn inputs() -> u64 {
@@ -30,34 +29,14 @@ impl Chance {
     }
 }
 
-fn messages() -> Vec<Message> {
-    let generation = Generation {
-        sampling: SamplingParams::default(),
-        choices: 2,
-        max_tokens: 9,
-        stop_tokens: vec![TokenId(1)],
-    };
-    let request = RequestId(77);
-    vec![
-        Message::Expect(Expect {
-            request,
-            prompt: (0..300).map(TokenId).collect(),
-            generation,
-            prefill: NodeId(3),
-            handoff_timeout_ms: 1000,
-            generation_timeout_ms: 2000,
-        }),
-        Message::Failed { request, error: RequestError::Busy("full".into()) },
-        Message::Handoff(Handoff::Offer { request, tokens: 300 }),
-        Message::Handoff(Handoff::Cancel { request }),
-        Message::Draining,
-    ]
-}
-
 #[test]
 fn every_target_holds_for_a_moment() {
-    let valid: Vec<_> = messages().iter().map(|message| wire::encode(message).unwrap()).collect();
-    for (name, target) in TARGETS {
+    for target in targets() {
+        let name = target.name;
+        let mut valid = (target.samples)();
+        if valid.is_empty() {
+            valid = samples::frames();
+        }
         let mut chance = Chance(0x5eed);
         for round in 0..inputs() {
             let len = chance.below(200);
@@ -75,7 +54,7 @@ fn every_target_holds_for_a_moment() {
                 }
                 frame
             };
-            let played = std::panic::catch_unwind(|| target(&input));
+            let played = std::panic::catch_unwind(|| (target.play)(&input));
             assert!(played.is_ok(), "target {name} breaks on input {round}: {input:02x?}");
         }
     }

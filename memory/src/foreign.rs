@@ -56,6 +56,7 @@ impl Drop for ForeignRegion {
 mod tests {
     use super::*;
     use crate::HostRegion;
+    use std::os::fd::FromRawFd as _;
 
     #[test]
     fn another_mapping_sees_the_same_bytes() {
@@ -83,6 +84,27 @@ mod tests {
         file.set_len(4096).unwrap();
         let error = ForeignRegion::map(file.into(), 4096).err().unwrap();
         assert!(error.to_string().contains("4096 bytes"), "{error}");
+    }
+
+    /// A hole in a file of huge pages faults when it is read and no huge page is free.
+    #[test]
+    fn what_could_be_taken_away_is_refused() {
+        let flags = libc::MFD_ALLOW_SEALING | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+        // SAFETY: the name is a C string; the call makes a new descriptor and touches nothing else.
+        let fd = unsafe { libc::memfd_create(c"huge".as_ptr(), flags) };
+        if fd < 0 {
+            return println!("skipped: this system has no huge pages");
+        }
+        // SAFETY: the descriptor is new, and nobody else's.
+        let file = unsafe { OwnedFd::from_raw_fd(fd) };
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+        // SAFETY: the calls concern this descriptor alone.
+        unsafe {
+            assert_eq!(libc::ftruncate(fd, 2 << 20), 0);
+            assert_eq!(libc::fcntl(fd, libc::F_ADD_SEALS, seals), 0);
+        }
+        let error = ForeignRegion::map(file, 2 << 20).err().unwrap();
+        assert!(error.to_string().contains("can take away"), "{error}");
     }
 
     fn tempfile() -> std::fs::File {

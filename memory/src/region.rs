@@ -50,6 +50,9 @@ impl HostRegion {
     /// When the system has no such memory.
     pub fn map(len: usize) -> Result<Arc<HostRegion>, RegionError> {
         let len = len.max(1);
+        if let Some(region) = HostRegion::huge(len) {
+            return Ok(region);
+        }
         let file = MemoryFile::create(len).map_err(|source| RegionError::Map { len, source })?;
         HostRegion::of_file(file, len)
     }
@@ -77,6 +80,12 @@ impl HostRegion {
     pub fn of_peer(file: OwnedFd, len: usize) -> Result<Arc<HostRegion>, RegionError> {
         let file = MemoryFile::of_peer(file, len).map_err(|source| RegionError::Map { len, source })?;
         HostRegion::of_file(file, len)
+    }
+
+    fn huge(len: usize) -> Option<Arc<HostRegion>> {
+        let region = HostRegion::of_file(MemoryFile::huge(len)?, len).ok()?;
+        region.file.as_ref()?.seal_content().ok()?;
+        Some(region)
     }
 
     fn of_file(file: MemoryFile, len: usize) -> Result<Arc<HostRegion>, RegionError> {

@@ -73,7 +73,7 @@ pub(crate) enum HandshakeError {
 }
 
 impl Hello {
-    fn encode(&self) -> [u8; HELLO_BYTES] {
+    pub(crate) fn encode(&self) -> [u8; HELLO_BYTES] {
         let mut out = [0; HELLO_BYTES];
         let mut at = 0;
         let mut put = |bytes: &[u8]| {
@@ -96,6 +96,10 @@ impl Hello {
         {
             assert_eq!(hello.encode(), *bytes);
         }
+    }
+
+    pub(crate) fn sample() -> Vec<u8> {
+        Hello { node: NodeId(7), life: 8, part: 1, parts: 2, ports: [9; MAX_PORTS] }.encode().to_vec()
     }
 
     fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HandshakeError> {
@@ -171,6 +175,12 @@ impl Offers {
         if let Some(offers) = Offers::decode(bytes) {
             assert_eq!(Offers::decode(&offers.encode()), Some(offers));
         }
+    }
+
+    pub(crate) fn sample() -> Vec<u8> {
+        let shm = Some(shm::Offer { host: [7; 16], name: b"tandem-1".to_vec() });
+        let tls = Some(tls::Offer { port: 4711, connections: 3 });
+        Offers { secret: [3; 32], shm, tls, rdma: Some(vec![1; 58]) }.encode()
     }
 }
 

@@ -166,6 +166,27 @@ impl Identity {
         Ok(identity)
     }
 
+    /// The same trust, with a certificate that nobody checks here; without one if the chain is empty.
+    #[cfg(test)]
+    pub(crate) fn presenting(
+        &self,
+        chain: Vec<CertificateDer<'static>>,
+        key: PrivateKeyDer<'static>,
+        protocol: &[u8],
+    ) -> ClientConfig {
+        let builder = ClientConfig::builder_with_provider(Arc::clone(&self.provider))
+            .with_protocol_versions(&[&TLS13])
+            .expect("TLS 1.3 is there")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::clone(&self.client));
+        let mut config = match chain.is_empty() {
+            true => builder.with_no_client_auth(),
+            false => builder.with_client_auth_cert(chain, key).expect("the key is the certificate's"),
+        };
+        config.alpn_protocols = vec![protocol.to_vec()];
+        config
+    }
+
     /// TLS for whoever connects.
     pub(crate) fn client_config(&self, protocol: &[u8]) -> Result<ClientConfig, rustls::Error> {
         let mut config = ClientConfig::builder_with_provider(Arc::clone(&self.provider))

@@ -15,7 +15,12 @@
 pub mod control;
 mod endpoint;
 mod events;
+#[doc(hidden)]
+pub mod fuzz;
 mod handshake;
+#[cfg(test)]
+#[allow(unsafe_code)] // Tests look into the memory that they give.
+mod hostile;
 mod identity;
 mod lent;
 mod net;
@@ -37,29 +42,8 @@ pub use net::counters::{PathMetrics, PeerStatus, WRITE_TIME_BOUNDS_US, WriteTime
 pub use net::lane::Path;
 pub use net::{NetConfig, NetMetrics, NetObserver, NetTransport};
 pub use tandem_proto::wire::Window;
+#[doc(hidden)]
+pub use transport::Held;
 pub use transport::{
     Event, FailReason, RegionId, SeverReason, SubmitError, Transport, TransportError, Write,
 };
-
-/// Gives bytes to every decoder of what peers send, for fuzzing: none may panic, or take memory that did not
-/// come in.
-#[doc(hidden)]
-pub fn decode_anything(bytes: &[u8]) {
-    handshake::Hello::fuzz(bytes);
-    handshake::Offers::fuzz(bytes);
-    handshake::Choice::fuzz(bytes);
-    net::fuzz(bytes);
-    shm::fuzz(bytes);
-    tls::fuzz(bytes);
-    #[cfg(feature = "rdma")]
-    rdma::fuzz(bytes);
-    for cut in [1, 7, bytes.len().max(1)] {
-        let mut decoder = control::frame::Decoder::new(1 << 16);
-        for piece in bytes.chunks(cut) {
-            decoder.push(piece);
-            while let Ok(Some(frame)) = decoder.pop() {
-                assert!(frame.len() <= bytes.len());
-            }
-        }
-    }
-}

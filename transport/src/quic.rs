@@ -162,8 +162,7 @@ impl Link {
             let (link, node, life) = (Arc::clone(&self), Arc::clone(&node), Arc::clone(&life));
             tokio::spawn(async move {
                 if let Err(RuleBroken(rule)) = link.receive_write(stream, &node, &life).await {
-                    tracing::warn!(peer = %life.peer, rule, "severed: the peer broke a rule");
-                    link.end(CloseCode::Rules, rule);
+                    link.broken(&life, rule);
                 }
             });
         }
@@ -193,7 +192,7 @@ impl Link {
             }
         }
         let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
-            self.refuse(node, life, stream, sequence);
+            self.refuse(node, life, stream, &header);
             return Ok(());
         };
         let mut received = 0;
@@ -207,7 +206,7 @@ impl Link {
                     };
                     received += bytes;
                     if !landing.land(offset + at, &chunk.bytes) {
-                        self.refuse(node, life, stream, sequence);
+                        self.refuse(node, life, stream, &header);
                         return Ok(());
                     }
                 }
@@ -222,16 +221,16 @@ impl Link {
             node.count_landed(life, Path::Quic, len);
             self.acknowledge(Ack { sequence, landed: true });
         } else {
-            self.refuse(node, life, stream, sequence);
+            self.refuse(node, life, stream, &header);
         }
         Ok(())
     }
 
-    fn refuse(&self, node: &Node, life: &Life, mut stream: RecvStream, sequence: u64) {
-        node.count_refused(life, Path::Quic);
+    fn refuse(&self, node: &Node, life: &Life, mut stream: RecvStream, header: &Header) {
+        node.note_refused(life, Path::Quic, header);
         // The rest need not come; if all of it has, stopping does nothing.
         let _ = stream.stop(VarInt::from_u32(0));
-        self.acknowledge(Ack { sequence, landed: false });
+        self.acknowledge(Ack { sequence: header.sequence, landed: false });
     }
 
     fn acknowledge(&self, ack: Ack) {
@@ -255,24 +254,40 @@ impl Link {
     }
 
     async fn receive_acks(self: Arc<Self>, mut stream: RecvStream, node: Arc<Node>, life: Arc<Life>) {
-        let mut record = [0; ACK_BYTES];
-        while stream.read_exact(&mut record).await.is_ok() {
-            let Some(ack) = Ack::decode(&record) else {
-                return self.end(CloseCode::Rules, "malformed acknowledgement");
-            };
-            let stream = {
-                let mut sent = lock(&self.sent);
-                let stream = sent.streams.remove(&ack.sequence);
-                if stream.is_none() && sent.early.len() < node.config.write_limit {
-                    sent.early.insert(ack.sequence, ack);
-                    self.more_answers.notify_waiters();
-                }
-                stream
-            };
-            if let Some((stream, bytes)) = stream {
-                self.settle(&node, &life, stream, bytes, ack);
+        let mut pending = Vec::new();
+        while let Ok(Some(chunk)) = stream.read_chunk(usize::MAX, true).await {
+            pending.extend_from_slice(&chunk.bytes);
+            let (records, cut) = pending.as_chunks::<ACK_BYTES>();
+            for record in records {
+                let Some(ack) = Ack::decode(record) else {
+                    return self.broken(&life, "malformed acknowledgement");
+                };
+                self.take_ack(&node, &life, ack);
             }
+            pending = cut.to_vec();
+            // Reading never makes a task wait its turn: however much a peer says, the others of this thread have theirs.
+            tokio::task::yield_now().await;
         }
+    }
+
+    fn take_ack(&self, node: &Node, life: &Life, ack: Ack) {
+        let stream = {
+            let mut sent = lock(&self.sent);
+            let stream = sent.streams.remove(&ack.sequence);
+            if stream.is_none() && sent.early.len() < node.config.write_limit {
+                sent.early.insert(ack.sequence, ack);
+                self.more_answers.notify_waiters();
+            }
+            stream
+        };
+        if let Some((stream, bytes)) = stream {
+            self.settle(node, life, stream, bytes, ack);
+        }
+    }
+
+    fn broken(&self, life: &Life, rule: &str) {
+        tracing::warn!(peer = %life.peer, rule, "severed: the peer broke a rule");
+        self.end(CloseCode::Rules, rule);
     }
 }
 

@@ -229,6 +229,20 @@ pub enum SubmitError {
     },
 }
 
+/// What a transport holds for its peers: for tests of what is left when they are gone.
+#[doc(hidden)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Held {
+    /// Windows that are open.
+    pub windows: usize,
+    /// Peers that it is connected with.
+    pub peers: usize,
+    /// Writes that it took and has not reported.
+    pub writes: usize,
+    /// Connections of QUIC, all their streams with them.
+    pub connections: usize,
+}
+
 impl Write {
     /// What a backend checks before it takes a write.
     pub(crate) fn check_bounds(&self) -> Result<(), SubmitError> {

@@ -127,6 +127,10 @@ impl Windows {
         }
     }
 
+    pub(crate) fn open_count(&self) -> usize {
+        lock(&self.table).by_key.len()
+    }
+
     /// Closes every window of a peer.
     pub(crate) fn close_all_of(&self, peer: NodeId) {
         let keys: Vec<u64> =
@@ -296,8 +300,8 @@ mod tests {
         let window = windows.open(PEER, region, 0..4 * STRIPE, || 1).unwrap();
         let landing = windows.find(PEER, &window, 0, 1).unwrap();
         let writers = std::sync::atomic::AtomicUsize::new(0);
-        let (entered, entries) = std::sync::mpsc::channel();
-        let (leave, left) = std::sync::mpsc::channel::<()>();
+        let (entered, entries) = std::sync::mpsc::sync_channel(1);
+        let (leave, left) = std::sync::mpsc::sync_channel::<()>(1);
         std::thread::scope(|scope| {
             let (landing, writers) = (&landing, &writers);
             scope.spawn(move || {

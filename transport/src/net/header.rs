@@ -115,6 +115,21 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     }
 }
 
+/// Of each, one to be damaged by fuzzing.
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let window = Window { region: 1, key: 2, offset: 3, len: 1 << 20 };
+    let header = Header {
+        window,
+        offset: 4,
+        len: 20_000,
+        immediate: 5,
+        sequence: 6,
+        floor: 7,
+        failed: Some(Generation(5)),
+    };
+    vec![header.encode().to_vec(), Ack { sequence: 8, landed: true }.encode().to_vec()]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

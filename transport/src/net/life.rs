@@ -150,6 +150,11 @@ impl Life {
         self.state().parts.iter().flatten().cloned().collect()
     }
 
+    /// Writes that were taken and are not reported.
+    pub(super) fn unreported(&self) -> usize {
+        self.state().tickets.len()
+    }
+
     /// The path that writes take now; none before the life is up, and after its end.
     pub(super) fn path(&self) -> Option<Path> {
         self.state().path()

@@ -9,6 +9,7 @@
 //! loop only touches queues.
 
 pub(crate) mod counters;
+pub(crate) mod handshakes;
 pub(crate) mod header;
 pub(crate) mod lane;
 pub(crate) mod life;
@@ -18,10 +19,9 @@ use crate::endpoint::{BindError, Bound, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};
 use crate::identity::Identity;
 use crate::quic::{MAX_STREAMS, STREAMS};
-use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
+use crate::transport::{Event, Held, RegionId, SubmitError, Transport, TransportError, Write};
 use crate::{shm, tls};
 use counters::{PathMetrics, PeerStatus};
-pub(crate) use header::fuzz;
 use lane::Path;
 use node::{Node, Worker};
 use std::net::SocketAddr;
@@ -290,6 +290,13 @@ impl NetTransport {
     #[doc(hidden)]
     pub fn fail_path(&self, peer: NodeId, path: Path) {
         self.node.fail_path(peer, path);
+    }
+
+    /// What it holds for its peers: for tests of what is left when they are gone.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn held(&self) -> Held {
+        self.node.held()
     }
 
     /// Stops without a word to anyone, as a crash would: for tests of those who must notice.

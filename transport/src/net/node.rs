@@ -1,6 +1,7 @@
 //! What the node loop and the threads share: peers, windows, and events on their way to `poll`.
 
 use super::counters::{PathCounters, PeerCounters, PeerStatus, add};
+use super::header::Header;
 use super::lane::{Generation, Lane, LaneId, Path};
 use super::life::{Life, MAX_PARTS, Moved, Phase, Remains, Settled};
 use super::{NetConfig, NetMetrics};
@@ -13,7 +14,7 @@ use crate::quic::Link;
 #[cfg(feature = "rdma")]
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
 use crate::rng::Rng;
-use crate::transport::{Event, FailReason, RegionId, SeverReason, SubmitError, TransportError, Write};
+use crate::transport::{Event, FailReason, Held, RegionId, SeverReason, SubmitError, TransportError, Write};
 use crate::window::Windows;
 use crate::{shm, tls};
 use quinn::Connection;
@@ -238,6 +239,16 @@ impl Node {
         lock(&self.peers).values().filter_map(of).collect()
     }
 
+    pub(super) fn held(&self) -> Held {
+        let lives = self.lives();
+        Held {
+            windows: self.windows.open_count(),
+            peers: lives.len(),
+            writes: lives.iter().map(|life| life.unreported()).sum(),
+            connections: self.workers.iter().map(|worker| worker.bound.endpoint.open_connections()).sum(),
+        }
+    }
+
     pub(super) fn fail_path(&self, peer: NodeId, path: Path) {
         for life in self.lives().iter().filter(|life| life.peer == peer) {
             for lane in life.lanes_of(path) {
@@ -410,8 +421,12 @@ impl Node {
         self.count(life, path, |counters| counters.landed(bytes));
     }
 
-    pub(crate) fn count_refused(&self, life: &Life, path: Path) {
+    /// A write of the peer's is not wanted: no such window is open for it.
+    pub(crate) fn note_refused(&self, life: &Life, path: Path, header: &Header) {
         self.count(life, path, |counters| add(&counters.landings_refused, 1));
+        // Ordinary where windows are closed under writes; else a peer that claims what it was not granted.
+        let Header { window, offset, len, .. } = header;
+        tracing::debug!(peer = %life.peer, ?window, offset, len, "write refused: no such window is open for its writer");
     }
 
     /// A lane carries nothing any more, and its generation with it: what they have not settled goes another way, and
@@ -438,6 +453,7 @@ impl Node {
             }
             Moved::NoneLeft { lanes } => {
                 self.count(life, path, |counters| add(&counters.failed, lanes as u64));
+                tracing::warn!(%peer, %path, reason, "path failed, and there is no other");
                 let reason = SeverReason::Lost(format!("{path}: {reason}"));
                 self.end(&mut lock(&self.peers), life, reason);
             }

@@ -141,6 +141,18 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     }
 }
 
+/// Of each, one to be damaged by fuzzing.
+pub(super) fn samples() -> Vec<Vec<u8>> {
+    let mut encoded = crate::net::header::samples().into_iter();
+    let header = encoded.next().and_then(|bytes| Header::decode(bytes.first_chunk()?));
+    let headers = header.map(|header| [Message::Write { header, parts: 2 }, Message::Ask(header)]);
+    let keys = Message::Keys { sequence: 1, window: 2, base: 3, keep: true, keys: vec![4; 3] };
+    let acks = Message::Acks(vec![Ack { sequence: 8, landed: true }; 2]);
+    let others = [Message::Ready, keys, acks, Message::Shut(5), Message::Credits];
+    let all = headers.into_iter().flatten().chain(others);
+    all.map(|message| Envelope { credits: 6, message }.encode()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

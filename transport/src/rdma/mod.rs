@@ -175,3 +175,8 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     offer::fuzz(bytes);
     message::fuzz(bytes);
 }
+
+/// Of each, one to be damaged by fuzzing.
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    [offer::samples(), message::samples()].concat()
+}

@@ -87,6 +87,12 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     }
 }
 
+/// One to be damaged by fuzzing.
+pub(super) fn samples() -> Vec<Vec<u8>> {
+    let remote = Remote { number: 17, packet: 23, lid: 7, gid: [5; 16], mtu: 3 };
+    vec![Offer { ends: vec![End { link: LinkLayer::Ethernet, remote }; 2] }.encode()]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

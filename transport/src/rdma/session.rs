@@ -126,7 +126,7 @@ impl Session for NetSession {
         match self.node.windows.find(self.life.peer, &header.window, header.offset, header.len) {
             Some(landing) => Arrival::Open(landing),
             None => {
-                self.node.count_refused(&self.life, Path::Rdma);
+                self.node.note_refused(&self.life, Path::Rdma, header);
                 Arrival::Refused
             }
         }
@@ -136,7 +136,7 @@ impl Session for NetSession {
         let Header { len, immediate, sequence, floor, .. } = *header;
         let peer = self.life.peer;
         if !landing.complete(|| self.node.report_landed(peer, immediate, len, landing.key())) {
-            self.node.count_refused(&self.life, Path::Rdma);
+            self.node.note_refused(&self.life, Path::Rdma, header);
             return Some(false);
         }
         self.node.count_landed(&self.life, Path::Rdma, len);

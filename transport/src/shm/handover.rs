@@ -19,7 +19,7 @@ use std::time::Duration;
 use tandem_proto::ids::NodeId;
 
 /// How long the other side may take to answer while a lane is made.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// Lanes that wait to be accepted, at most.
 const BACKLOG: i32 = 64;
 const MAX_NAME: usize = 64;
@@ -117,6 +117,18 @@ pub(super) fn fuzz(bytes: &[u8]) {
     if let Some(offer) = Offer::decode(bytes) {
         assert_eq!(offer.encode(), bytes);
     }
+}
+
+/// Of each, one to be damaged by fuzzing.
+pub(super) fn samples() -> Vec<Vec<u8>> {
+    let messages = [
+        Message::Join { node: NodeId(5), life: 6, secret: [9; 32] },
+        Message::Welcome,
+        Message::Region { serial: 3, len: 1 << 30 },
+        Message::Wake,
+    ];
+    let offer = Offer { host: [7; 16], name: b"tandem-1".to_vec() };
+    messages.iter().map(Message::encode).chain([offer.encode()]).collect()
 }
 
 /// Takes lanes of other processes of this host.
@@ -265,15 +277,16 @@ impl Socket {
                 got => break got.map_err(system)?,
             }
         };
-        // Descriptors that are not taken out are closed when the buffer is dropped.
-        let file = ancillary.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut files) => files.next(),
-            _ => None,
+        // There may be room for more than one, by alignment. All of them are closed but the one that is returned.
+        let mut files = ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(files) => files.collect(),
+            _ => Vec::new(),
         });
+        let (file, surplus) = (files.next(), files.next());
         if got.bytes == 0 {
             return Ok(Received::End);
         }
-        if got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+        if surplus.is_some() || got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
             return Err(Error::Rule("a message is too long, or comes with too many descriptors"));
         }
         match Message::decode(&bytes[..got.bytes]) {

@@ -7,14 +7,17 @@
 //! when the other process is gone, with which the system frees everything.
 
 mod handover;
+#[cfg(test)]
+mod hostile;
 mod ring;
 
+use crate::net::handshakes::Handshakes;
 use crate::net::header::Header;
 use crate::net::lane::{Generation, Job, Lane, LaneId, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
 pub(crate) use handover::{Listener, Offer};
-use handover::{Message, Received, Socket};
+use handover::{Message, PATIENCE, Received, Socket};
 use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -72,12 +75,31 @@ impl From<Garbled> for Error {
 /// Decoders of what peers send.
 pub(crate) fn fuzz(bytes: &[u8]) {
     handover::fuzz(bytes);
+    ring::fuzz(bytes);
     let mut words = [0; JOB_WORDS];
     for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(8)) {
         *word = u64::from_le_bytes(bytes.try_into().unwrap_or_default());
     }
     let announced = Announced::decode(&words);
     assert_eq!(Announced::decode(&announced.encode()), announced);
+}
+
+/// Of each, one to be damaged by fuzzing.
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let window = Window { region: 1, key: 2, offset: 3, len: 1 << 20 };
+    let header = Header {
+        window,
+        offset: 4,
+        len: 20_000,
+        immediate: 5,
+        sequence: 6,
+        floor: 7,
+        failed: Some(Generation(5)),
+    };
+    let words = Announced { header, region: 8, at: 9 }.encode();
+    let mut samples = handover::samples();
+    samples.push(words.iter().flat_map(|word| word.to_le_bytes()).collect());
+    samples
 }
 
 /// Makes a lane to the peer of a life that was dialled here. Waits a second at most.
@@ -98,9 +120,19 @@ pub(crate) fn dial(node: &Node, life: &Life, offer: &Offer, secret: &[u8; 32]) -
 /// Takes lanes until the listener is stopped.
 pub(crate) fn accept(node: &Arc<Node>) {
     let Some(listener) = node.shm() else { return };
+    let handshakes = Arc::default();
     while let Some(socket) = listener.accept() {
-        if let Err(error) = admit(node, socket) {
-            tracing::warn!(%error, "shared memory lane refused");
+        let place = Handshakes::place(&handshakes, PATIENCE);
+        let node = Arc::clone(node);
+        // Not one of the node's threads, which stopping waits for: whoever connects may be slow.
+        let admitting = std::thread::Builder::new().name("shm-join".into()).spawn(move || {
+            let _place = place;
+            if let Err(error) = admit(&node, socket) {
+                tracing::warn!(%error, "shared memory lane refused");
+            }
+        });
+        if let Err(error) = admitting {
+            tracing::warn!(%error, "refused: no thread for a shared memory lane");
         }
     }
 }
@@ -255,7 +287,8 @@ impl ShmLane {
             let mut busy = self.settle(node, life, &mut incoming)?;
             busy |= self.flush()?;
             let mut untold = 0;
-            while incoming.answers.has_room()?
+            while !self.is_closed()
+                && incoming.answers.has_room()?
                 && let Some(words) = incoming.jobs.pop()?
             {
                 busy = true;
@@ -291,7 +324,10 @@ impl ShmLane {
     /// Takes in the peer's answers.
     fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<bool, Error> {
         let mut any = false;
-        while let Some([ack]) = incoming.acks.pop()? {
+        // The peer may answer without end what was never asked.
+        while !self.is_closed()
+            && let Some([ack]) = incoming.acks.pop()?
+        {
             any = true;
             let (sequence, landed) = (ack >> 1, ack & 1 == 1);
             // An answer to what was never asked is passed over.
@@ -416,7 +452,7 @@ impl ShmLane {
             return Ok(0);
         }
         if !landed {
-            node.count_refused(life, Path::Shm);
+            node.note_refused(life, Path::Shm, &announced.header);
         }
         incoming.answers.push(&[sequence << 1 | u64::from(landed)]);
         Ok(len)

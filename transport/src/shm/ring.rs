@@ -201,6 +201,77 @@ impl Ends {
     }
 }
 
+/// The peer writes positions and slots as it likes, while this side works on its ends: it reads words, takes no
+/// more than a queue holds without a new position, and never leaves the memory.
+pub(super) fn fuzz(bytes: &[u8]) {
+    thread_local! {
+        static MEMORY: Option<Arc<HostRegion>> = HostRegion::map(SHARED_BYTES).ok();
+    }
+    let Some(memory) = MEMORY.with(Clone::clone) else { return };
+    let positions = [JOBS_AT, JOBS_AT + LINE, ACKS_AT, ACKS_AT + LINE];
+    for way in [0, WAY_BYTES] {
+        for at in positions {
+            Word { memory: Arc::clone(&memory), at: way + at }.get().store(0, Ordering::Relaxed);
+        }
+    }
+    let mut ends = Ends::new(&memory, true);
+    for act in bytes.chunks_exact(4) {
+        let [what, which, low, high] = *act else { return };
+        // Positions near zero and near the end of all numbers, and those that lie a queue's length further on.
+        let value = match high {
+            255 => u64::MAX - u64::from(low),
+            _ => u64::from(low) | u64::from(high) << 8,
+        };
+        match what % 6 {
+            0 => {
+                let at = WAY_BYTES * usize::from(which & 1) + positions[usize::from(which >> 1) % 4];
+                Word { memory: Arc::clone(&memory), at }.get().store(value, Ordering::Release);
+            }
+            1 => {
+                let mut taken = 0;
+                while let Ok(Some(_)) = ends.jobs_in.pop() {
+                    taken += 1;
+                    assert!(taken <= JOB_SLOTS);
+                }
+            }
+            2 => {
+                let mut taken = 0;
+                while let Ok(Some(_)) = ends.acks_in.pop() {
+                    taken += 1;
+                    assert!(taken <= ACK_SLOTS);
+                }
+            }
+            3 if matches!(ends.jobs_out.has_room(), Ok(true)) => ends.jobs_out.push(&[value; JOB_WORDS]),
+            4 if matches!(ends.acks_out.has_room(), Ok(true)) => ends.acks_out.push(&[value]),
+            _ => {
+                ends.own.set_asleep(which & 1 == 1);
+                let _ = (ends.peers.must_wake(), ends.peers.lent_until_now(), ends.jobs_in.is_empty());
+            }
+        }
+    }
+}
+
+/// Where a peer that made the memory says how much it has put into its queues.
+#[cfg(test)]
+pub(super) const JOBS_HEAD: usize = JOBS_AT;
+#[cfg(test)]
+pub(super) const ACKS_HEAD: usize = ACKS_AT;
+/// Where its peer says how much it has answered.
+#[cfg(test)]
+pub(super) const ANSWERS_HEAD: usize = WAY_BYTES + ACKS_AT;
+#[cfg(test)]
+pub(super) const TAIL_AFTER_HEAD: usize = LINE;
+
+#[cfg(test)]
+pub(super) fn scribble(memory: &Arc<HostRegion>, at: usize, value: u64) {
+    Word { memory: Arc::clone(memory), at }.get().store(value, Ordering::Release);
+}
+
+#[cfg(test)]
+pub(super) fn glimpse(memory: &Arc<HostRegion>, at: usize) -> u64 {
+    Word { memory: Arc::clone(memory), at }.get().load(Ordering::Acquire)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -46,6 +46,8 @@ pub struct SimConfig {
     pub detect_us: RangeInclusive<u64>,
     /// Unreported writes to one peer, at most.
     pub write_limit: usize,
+    /// Events of the data plane that a node has not polled, at most: when there are more, bytes are kept waiting.
+    pub event_limit: usize,
     /// Undelivered frames on one lane to one peer, at most.
     pub frame_limit: usize,
     /// The longest frame, in bytes.
@@ -68,6 +70,7 @@ impl Default for SimConfig {
             // As the real channels: silence is death after 900 ms.
             detect_us: 450_000..=900_000,
             write_limit: 256,
+            event_limit: 65_536,
             frame_limit: 1024,
             frame_bytes: tandem_proto::wire::MAX_FRAME_BYTES,
         }

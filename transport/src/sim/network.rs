@@ -3,7 +3,7 @@
 use super::state::{Plane, State};
 use super::{SimConfig, SimTransport};
 use crate::control::{ControlEvent, Lane, SendError};
-use crate::transport::{Event, SubmitError, Write};
+use crate::transport::{Event, Held, SubmitError, Write};
 use crate::window::Windows;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,6 +62,13 @@ impl SimNetwork {
     #[must_use]
     pub fn has_events(&self, node: NodeId) -> bool {
         self.with(|state| state.has_events(node))
+    }
+
+    /// What a node holds for its peers: for tests of what is left when they are gone.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn held(&self, node: NodeId) -> Held {
+        self.with(|state| state.held(node))
     }
 
     /// Begins a control connection; `Up` at both or `Down` at the caller follows. Does nothing while there is

@@ -6,7 +6,7 @@ use crate::control::{ControlEvent, Lane, SendError};
 use crate::events::EventQueue;
 use crate::lent::Lent;
 use crate::rng::Rng;
-use crate::transport::{Event, FailReason, SeverReason, SubmitError, Write};
+use crate::transport::{Event, FailReason, Held, SeverReason, SubmitError, Write};
 use crate::window::Windows;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
@@ -14,6 +14,9 @@ use std::sync::Arc;
 use std::task::Waker;
 use tandem_proto::ids::{NodeId, Time};
 use tandem_proto::wire::Window;
+
+/// How often what waits for a node to poll looks whether it has.
+const UNTIL_POLLED_US: u64 = 100;
 
 /// The network between calls.
 pub(super) struct State {
@@ -270,6 +273,22 @@ impl State {
                 node.windows.close_all_of(severed);
                 node.events.forget_landed_of(severed);
             }
+        }
+    }
+
+    /// What the node holds for its peers.
+    pub(super) fn held(&self, node: NodeId) -> Held {
+        let ours = |flight: &&Flight| flight.from == node && flight.open;
+        let peers = |((a, b), pair): (&(NodeId, NodeId), &Pair)| {
+            let side = [*a, *b].iter().position(|id| *id == node)?;
+            pair.planes[Plane::Data as usize].sides[side]
+        };
+        let peers = self.pairs.iter().filter_map(peers).count();
+        Held {
+            windows: self.nodes.get(&node).map_or(0, |node| node.windows.open_count()),
+            peers,
+            writes: self.writes.values().filter(ours).count(),
+            connections: peers,
         }
     }
 
@@ -730,6 +749,10 @@ impl State {
         }
         if self.pair(from, to).partition.is_some() {
             return self.pair(from, to).held.push(travel);
+        }
+        let full = |node: &Node| node.events.len() >= self.config.event_limit;
+        if matches!(travel.cargo, Cargo::Piece { .. }) && self.nodes.get(&to).is_some_and(full) {
+            return self.schedule(self.now.after_us(UNTIL_POLLED_US), What::Arrive(travel));
         }
         if !self.alive(to) {
             return self.discard(&travel);

@@ -165,6 +165,27 @@ pub(super) fn fuzz(bytes: &[u8]) {
     }
 }
 
+/// Of each, one to be damaged by fuzzing.
+pub(super) fn samples() -> Vec<Vec<u8>> {
+    let mut encoded = crate::net::header::samples().into_iter();
+    let header = encoded.next().and_then(|bytes| Header::decode(bytes.first_chunk()?));
+    let acks = encoded.next().unwrap_or_default();
+    let write = header.map(|header| {
+        let tail = vec![7; (header.len - body_of(header.len)) as usize];
+        let mut bytes = Vec::new();
+        Frame::Write { header, tail: &tail }.encode(&mut bytes);
+        bytes
+    });
+    let hello = Hello { node: NodeId(1), life: 2, secret: [4; SECRET_BYTES] };
+    let others = [Frame::Acks(&acks), Frame::Stop(9), Frame::Cut(10), Frame::Hello(hello), Frame::Welcome];
+    let others = others.iter().map(|frame| {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        bytes
+    });
+    write.into_iter().chain(others).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

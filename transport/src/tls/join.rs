@@ -8,18 +8,17 @@ use super::lane::TlsLane;
 use super::outgoing::Outgoing;
 use super::{MAX_CONNECTIONS, TlsError};
 use crate::identity::Identity;
+use crate::net::handshakes::Handshakes;
 use crate::net::lane::Lane;
 use crate::net::life::Life;
 use crate::net::node::Node;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-/// Handshakes that are under way at once, at most; others wait to be accepted.
-const MAX_HANDSHAKES: usize = 64;
 const BACKLOG: i32 = 128;
 /// How long the system is left alone when it has no more sockets.
 const REST: Duration = Duration::from_millis(50);
@@ -60,12 +59,12 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    fn new(Secured { socket, sealer, opener }: Secured) -> Joined {
+    pub(super) fn new(Secured { socket, sealer, opener }: Secured) -> Joined {
         Joined { socket, incoming: Incoming::new(opener), outgoing: Outgoing::new(sealer) }
     }
 
     /// Waits for one frame, which must be the one that `take` wants.
-    fn hear<T>(
+    pub(super) fn hear<T>(
         &mut self,
         deadline: Deadline,
         take: impl FnOnce(Frame<'_>) -> Option<T>,
@@ -83,7 +82,7 @@ impl Joined {
     }
 }
 
-fn say(
+pub(super) fn say(
     socket: &TcpStream,
     outgoing: &mut Outgoing,
     frame: &Frame<'_>,
@@ -197,32 +196,4 @@ fn admit(node: &Node, tls: &Tls, socket: TcpStream) -> Result<(), TlsError> {
         lane.close("its dialler is gone");
     }
     welcomed
-}
-
-/// Counts handshakes.
-#[derive(Default)]
-struct Handshakes {
-    under_way: Mutex<usize>,
-    fewer: Condvar,
-}
-
-/// A handshake's place; free again when dropped.
-struct Place(Arc<Handshakes>);
-
-impl Handshakes {
-    /// Waits for a place. Every handshake ends in time, so there will be one.
-    fn place(handshakes: &Arc<Handshakes>, at_most: Duration) -> Place {
-        let under_way = handshakes.under_way.lock().unwrap_or_else(PoisonError::into_inner);
-        let full = |under_way: &mut usize| *under_way >= MAX_HANDSHAKES;
-        let waited = handshakes.fewer.wait_timeout_while(under_way, at_most, full);
-        *waited.unwrap_or_else(PoisonError::into_inner).0 += 1;
-        Place(Arc::clone(handshakes))
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        *self.0.under_way.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-        self.0.fewer.notify_one();
-    }
 }

@@ -10,6 +10,8 @@
 
 mod frame;
 mod handshake;
+#[cfg(test)]
+mod hostile;
 mod incoming;
 mod join;
 mod lane;
@@ -100,4 +102,12 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     record::fuzz(bytes);
     // Describes any alert, and never fails.
     let _ = handshake::alert(bytes).to_string();
+}
+
+/// Of each, one to be damaged by fuzzing.
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    let mut samples = frame::samples();
+    // A record of three bytes, a fatal alert, an offer.
+    samples.extend([[&[23, 3, 3, 0, 20][..], &[1; 20]].concat(), vec![2, 48], vec![103, 18, 3, 0]]);
+    samples
 }

@@ -55,11 +55,15 @@ impl Outgoing {
     /// Puts a record of this content in, and before it a change of keys when one is due.
     pub(super) fn put(&mut self, content: &[u8]) -> Result<(), TlsError> {
         if self.sealer.is_worn() {
-            self.len += self.sealer.seal(HANDSHAKE, &KEY_UPDATE, &mut self.bytes[self.len..])?;
-            self.sealer.renew()?;
+            self.change_keys()?;
         }
         self.len += self.sealer.seal(DATA, content, &mut self.bytes[self.len..])?;
         Ok(())
+    }
+
+    pub(super) fn change_keys(&mut self) -> Result<(), TlsError> {
+        self.len += self.sealer.seal(HANDSHAKE, &KEY_UPDATE, &mut self.bytes[self.len..])?;
+        self.sealer.renew()
     }
 
     /// Sends everything, because nothing else is to be sent for now.

@@ -144,7 +144,7 @@ impl Receiver<'_> {
             Fate::LandedBefore => true,
         };
         if !landed {
-            self.node.count_refused(self.life, Path::Tls);
+            self.node.note_refused(self.life, Path::Tls, header);
         }
         self.lane.acknowledge(Ack { sequence, landed })
     }

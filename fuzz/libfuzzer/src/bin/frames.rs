@@ -1,4 +1,4 @@
-//! See `tandem_fuzz::frames`.
+//! See `tandem_fuzz::targets`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_fuzz::frames(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_fuzz::play("frames", input));

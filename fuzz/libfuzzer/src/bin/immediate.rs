@@ -1,4 +1,4 @@
-//! See `tandem_fuzz::immediate`.
+//! See `tandem_fuzz::targets`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_fuzz::immediate(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_fuzz::play("immediate", input));

@@ -1,4 +1,4 @@
-//! See `tandem_fuzz::wire_message`.
+//! See `tandem_fuzz::targets`.
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_fuzz::wire_message(input));
+libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_fuzz::play("wire", input));

@@ -1,9 +1,10 @@
 //! TLS between two nodes whose network does not mean well: every TCP byte between them goes through a relay.
 
+use crate::relay::{LOOPBACK, Relay, Tcp};
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,108 +14,8 @@ use tandem_transport::{
     Event, Identity, NetConfig, NetTransport, Path, RegionId, SeverReason, Transport, Window, Write,
 };
 
-const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const REGION: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// What the relay does to TCP.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Mood {
-    /// Flips a bit after so many bytes of one direction, once.
-    Garbles(u64),
-    /// Ends a connection after so many bytes of one direction, once.
-    Cuts(u64),
-    /// Lets nobody through.
-    Refuses,
-}
-
-/// One port for UDP and TCP, that leads to a node.
-struct Relay {
-    addr: SocketAddr,
-    stop: Arc<AtomicBool>,
-}
-
-impl Relay {
-    fn new(to: SocketAddr, mood: Mood) -> Relay {
-        let (udp, tcp) = loop {
-            let udp = UdpSocket::bind(LOOPBACK).unwrap();
-            if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()) {
-                break (udp, tcp);
-            }
-        };
-        let relay = Relay { addr: udp.local_addr().unwrap(), stop: Arc::default() };
-        relay_datagrams(udp, to, Arc::clone(&relay.stop));
-        if mood == Mood::Refuses {
-            return relay;
-        }
-        let armed = Arc::new(AtomicBool::new(true));
-        thread::spawn(move || {
-            for from in tcp.incoming().flatten() {
-                let Ok(to) = TcpStream::connect(to) else { continue };
-                for (source, sink) in [(&from, &to), (&to, &from)] {
-                    let (source, sink) = (source.try_clone().unwrap(), sink.try_clone().unwrap());
-                    let armed = Arc::clone(&armed);
-                    thread::spawn(move || relay_stream(source, sink, mood, &armed));
-                }
-            }
-        });
-        relay
-    }
-}
-
-impl Drop for Relay {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-fn relay_datagrams(socket: UdpSocket, to: SocketAddr, stop: Arc<AtomicBool>) {
-    let socket = Arc::new(socket);
-    thread::spawn(move || {
-        let mut onward: BTreeMap<SocketAddr, Arc<UdpSocket>> = BTreeMap::new();
-        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        let mut bytes = vec![0; 1 << 16];
-        while !stop.load(Ordering::Relaxed) {
-            let Ok((len, from)) = socket.recv_from(&mut bytes) else { continue };
-            let next = onward.entry(from).or_insert_with(|| {
-                let next = Arc::new(UdpSocket::bind(LOOPBACK).unwrap());
-                next.connect(to).unwrap();
-                next.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-                let (back, front, stop) = (Arc::clone(&next), Arc::clone(&socket), Arc::clone(&stop));
-                thread::spawn(move || {
-                    let mut bytes = vec![0; 1 << 16];
-                    while !stop.load(Ordering::Relaxed) {
-                        if let Ok(len) = back.recv(&mut bytes) {
-                            let _ = front.send_to(&bytes[..len], from);
-                        }
-                    }
-                });
-                next
-            });
-            let _ = next.send(&bytes[..len]);
-        }
-    });
-}
-
-fn relay_stream(mut source: TcpStream, mut sink: TcpStream, mood: Mood, armed: &AtomicBool) {
-    let mut bytes = vec![0; 1 << 14];
-    let mut passed = 0;
-    while let Ok(len @ 1..) = source.read(&mut bytes) {
-        let due =
-            |at: u64| (passed..passed + len as u64).contains(&at) && armed.swap(false, Ordering::Relaxed);
-        match mood {
-            Mood::Garbles(at) if due(at) => bytes[(at - passed) as usize] ^= 4,
-            Mood::Cuts(at) if due(at) => break,
-            _ => {}
-        }
-        passed += len as u64;
-        if sink.write_all(&bytes[..len]).is_err() {
-            break;
-        }
-    }
-    let _ = source.shutdown(Shutdown::Both);
-    let _ = sink.shutdown(Shutdown::Both);
-}
 
 struct Node {
     transport: NetTransport,
@@ -304,11 +205,11 @@ fn every_byte_lands_in_its_place_and_no_other() {
 #[test]
 fn what_tcp_loses_goes_by_quic() {
     let mut random = Random(seed());
-    for round in 0..20 {
+    for round in 0..21 {
         let at = 3000 + random.next() % (4 << 20);
-        let mood = if round % 2 == 0 { Mood::Garbles(at) } else { Mood::Cuts(at) };
+        let tcp = [Tcp::Garbles(at), Tcp::Cuts(at), Tcp::Repeats(at)][round % 3];
         let mut nodes = nodes(&[Path::Tls, Path::Quic]);
-        let relay = Relay::new(nodes[1].transport.local_addr(), mood);
+        let relay = Relay::with(nodes[1].transport.local_addr(), tcp);
         connect(&mut nodes, relay.addr);
         assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Tls));
         for _ in 0..3 {
@@ -324,7 +225,7 @@ fn what_tcp_loses_goes_by_quic() {
 fn tls_that_was_cut_is_taken_again() {
     let mut random = Random(seed());
     let mut nodes = nodes_that_repair(&[Path::Tls, Path::Quic], Duration::from_millis(20));
-    let relay = Relay::new(nodes[1].transport.local_addr(), Mood::Cuts(100_000));
+    let relay = Relay::with(nodes[1].transport.local_addr(), Tcp::Cuts(100_000));
     connect(&mut nodes, relay.addr);
     transfer(&mut nodes, 30, &mut random);
     until(&mut nodes, |nodes| nodes.iter().all(|node| metrics(node, Path::Tls).failed == 2));
@@ -342,13 +243,13 @@ fn tls_that_was_cut_is_taken_again() {
 #[test]
 fn where_tcp_is_not_let_through_quic_is_taken() {
     let mut nodes = nodes(&[Path::Tls, Path::Quic]);
-    let relay = Relay::new(nodes[1].transport.local_addr(), Mood::Refuses);
+    let relay = Relay::with(nodes[1].transport.local_addr(), Tcp::Refuses);
     connect(&mut nodes, relay.addr);
     assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Quic));
     transfer(&mut nodes, 30, &mut Random(1));
 
     let mut nodes = self::nodes(&[Path::Tls]);
-    let relay = Relay::new(nodes[1].transport.local_addr(), Mood::Refuses);
+    let relay = Relay::with(nodes[1].transport.local_addr(), Tcp::Refuses);
     nodes[0].transport.connect(NodeId(2), relay.addr);
     until(&mut nodes, |nodes| !nodes[0].events.is_empty());
     match &nodes[0].events[..] {

@@ -1,4 +1,0 @@
-//! See `tandem_transport::decode_anything`.
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|input: &[u8]| tandem_transport::decode_anything(input));

@@ -1,0 +1,131 @@
+//! The QUIC backend over a network that loses, doubles, reorders, garbles and replays packets, and goes dark.
+
+use crate::relay::{LOOPBACK, Relay, Weather};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::{Duration, Instant};
+use tandem_memory::HostRegion;
+use tandem_proto::ids::NodeId;
+use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, RegionId, Transport, Tuning, Write};
+
+struct Node {
+    transport: NetTransport,
+    region: (RegionId, Arc<HostRegion>),
+    events: Vec<Event>,
+}
+
+const REGION: usize = 8 << 20;
+
+fn nodes<const N: usize>(name: &str) -> [Node; N] {
+    let dir = std::env::temp_dir().join(format!("tandem-faults-{name}-{}", std::process::id()));
+    let identity = Identity::load_or_create(&dir).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    std::array::from_fn(|i| {
+        // Packets as between hosts.
+        let tuning = Tuning { loopback_mtu: 1452, ..Tuning::default() };
+        let config = NetConfig { tuning, paths: vec![Path::Quic], ..NetConfig::default() };
+        let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(i as u64 + 1), config).unwrap();
+        let region = HostRegion::map(REGION).unwrap();
+        let id = transport.register(Arc::clone(&region)).unwrap();
+        Node { transport, region: (id, region), events: Vec::new() }
+    })
+}
+
+impl Node {
+    fn poll(&mut self) {
+        self.transport.poll(&mut self.events);
+    }
+
+    #[track_caller]
+    fn expect(&mut self, within: Duration, matches: impl Fn(&Event) -> bool) -> Event {
+        let begun = Instant::now();
+        loop {
+            self.poll();
+            if let Some(at) = self.events.iter().position(&matches) {
+                return self.events.remove(at);
+            }
+            assert!(begun.elapsed() < within, "only {:?} came", self.events);
+            thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    fn write(&mut self, peer: u64, ticket: u64, len: usize, window: tandem_transport::Window) {
+        let source = self.region.1.extent(0..len).unwrap();
+        let write = Write { ticket, source, window, offset: 0, immediate: ticket as u32 };
+        self.transport.submit(NodeId(peer), write).unwrap();
+    }
+}
+
+fn connect(from: &mut Node, to: &mut Node, ids: (u64, u64), addr: SocketAddr) {
+    let patience = Duration::from_secs(5);
+    from.transport.connect(NodeId(ids.1), addr);
+    from.expect(patience, |e| *e == Event::Connected { peer: NodeId(ids.1) });
+    to.expect(patience, |e| *e == Event::Connected { peer: NodeId(ids.0) });
+}
+
+#[test]
+fn everything_lands_over_a_lossy_network() {
+    everything_lands("loss", |weather| weather.lost.store(20, Ordering::Relaxed));
+}
+
+/// QUIC drops what it cannot open and what it has seen: neither is taken for data, nor ends the connection.
+#[test]
+fn everything_lands_although_packets_are_garbled_and_replayed() {
+    everything_lands("garbled", |weather| {
+        weather.garbled.store(20, Ordering::Relaxed);
+        weather.replayed.store(200, Ordering::Relaxed);
+    });
+}
+
+fn everything_lands(name: &str, weather: impl Fn(&Weather)) {
+    let [mut a, mut b] = nodes(name);
+    let relay = Relay::start(b.transport.local_addr());
+    weather(&relay.weather);
+    connect(&mut a, &mut b, (1, 2), relay.addr);
+    for round in 0..3u8 {
+        for ids in [(1, 2), (2, 1)] {
+            let (from, to) = if ids.0 == 1 { (&mut a, &mut b) } else { (&mut b, &mut a) };
+            let len = 1_000_000 + 77 * usize::from(round);
+            let half = REGION / 2;
+            let source = from.region.1.extent(0..half).unwrap();
+            // SAFETY: no write of this range is under way.
+            unsafe { source.bytes_mut() }.iter_mut().enumerate().for_each(|(i, byte)| {
+                *byte = (i as u8).wrapping_mul(31).wrapping_add((i >> 8) as u8) ^ round
+            });
+            let window = to.transport.open_window(NodeId(ids.0), to.region.0, half..half + len).unwrap();
+            from.write(ids.1, 7, len, window);
+            let landed = to.expect(Duration::from_secs(20), |e| matches!(e, Event::Landed { .. }));
+            assert_eq!(landed, Event::Landed { peer: NodeId(ids.0), immediate: 7, len: len as u64 });
+            let landing = to.region.1.extent(half..half + len).unwrap();
+            // SAFETY: it has landed, and the window's one write is over.
+            assert!(unsafe { landing.bytes() == &source.bytes()[..len] }, "round {round}");
+            from.expect(Duration::from_secs(5), |e| matches!(e, Event::Sent { ticket: 7, .. }));
+            to.transport.close_window(window);
+        }
+    }
+    assert!(a.transport.metrics().packets_lost > 0, "the relay did its worst");
+}
+
+#[test]
+fn a_stuck_peer_holds_up_nobody_else() {
+    let [mut a, mut b, mut c] = nodes("stuck");
+    let relay = Relay::start(b.transport.local_addr());
+    connect(&mut a, &mut b, (1, 2), relay.addr);
+    let direct = c.transport.local_addr();
+    connect(&mut a, &mut c, (1, 3), direct);
+    let stuck = b.transport.open_window(NodeId(1), b.region.0, 0..REGION).unwrap();
+    let free = c.transport.open_window(NodeId(1), c.region.0, 0..REGION).unwrap();
+    relay.weather.dark.store(true, Ordering::Relaxed);
+    for ticket in 0..8 {
+        a.write(2, 100 + ticket, REGION, stuck);
+    }
+    let begun = Instant::now();
+    for ticket in 0..8 {
+        a.write(3, ticket, 1 << 20, free);
+        a.expect(Duration::from_secs(2), |e| matches!(e, Event::Sent { ticket: t, .. } if *t == ticket));
+    }
+    assert!(begun.elapsed() < Duration::from_millis(800), "took {:?}", begun.elapsed());
+    assert!(a.events.is_empty(), "nothing has happened to the stuck peer yet: {:?}", a.events);
+}

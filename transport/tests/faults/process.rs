@@ -1,0 +1,282 @@
+//! An end in a process of its own, which can be killed: this test binary again, told what to do line by line.
+
+use crate::end::{End, Holdings, Local, Push};
+use crate::fault::{EVENT_LIMIT, WRITE_LIMIT};
+use crate::net::REGION;
+use crate::relay::LOOPBACK;
+use std::fmt::Write as _;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::FileExt as _;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use tandem_proto::ids::NodeId;
+use tandem_transport::{
+    Event, FailReason, Held, Identity, NetConfig, NetTransport, Path, SeverReason, SubmitError, Window,
+};
+
+/// Tells the process what to be: its id, the directory of the cluster's CA, and its paths.
+const ROLE: &str = "TANDEM_FAULTS_END";
+/// Marks what it answers among what the test harness prints.
+const ANSWER: &str = "> ";
+
+pub(crate) struct Process {
+    id: NodeId,
+    pub(crate) address: SocketAddr,
+    child: Child,
+    to: ChildStdin,
+    from: BufReader<ChildStdout>,
+    /// Its region, which outlives it here.
+    memory: std::fs::File,
+}
+
+impl Process {
+    pub(crate) fn start(id: u64, paths: &[Path], dir: &std::path::Path) -> Process {
+        let paths: Vec<_> = paths.iter().map(|path| path.name()).collect();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "process::an_end", "--ignored", "--nocapture"])
+            .env(ROLE, format!("{id} {} {}", dir.display(), paths.join(",")))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
+        let nothing = std::fs::File::open("/dev/null").unwrap();
+        let mut process = Process { id: NodeId(id), address: LOOPBACK, child, to, from, memory: nothing };
+        let up = process.answer();
+        let (address, file) = up.split_once(' ').unwrap();
+        process.address = address.parse().unwrap();
+        process.memory = std::fs::File::open(format!("/proc/{}/fd/{file}", process.child.id())).unwrap();
+        process
+    }
+
+    /// SIGKILL, and gone when this returns.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn answer(&mut self) -> String {
+        let mut line = String::new();
+        loop {
+            line.clear();
+            let read = self.from.read_line(&mut line).unwrap();
+            assert!(read > 0, "{}'s process ended by itself", self.id);
+            if let Some(answer) = line.strip_prefix(ANSWER) {
+                return answer.trim_end().to_owned();
+            }
+        }
+    }
+
+    fn ask(&mut self, command: std::fmt::Arguments<'_>) -> String {
+        writeln!(self.to, "{command}").unwrap();
+        self.to.flush().unwrap();
+        self.answer()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl End for Process {
+    fn id(&self) -> NodeId {
+        self.id
+    }
+
+    fn connect(&mut self, peer: NodeId, addr: SocketAddr) {
+        self.ask(format_args!("connect {} {addr}", peer.0));
+    }
+
+    fn open(&mut self, peer: NodeId, range: Range<usize>) -> Window {
+        let answer = self.ask(format_args!("open {} {} {}", peer.0, range.start, range.end));
+        window(&mut answer.split(' '))
+    }
+
+    fn close(&mut self, window: Window) {
+        self.ask(format_args!("close {}", text_of(&window)));
+    }
+
+    fn push(&mut self, peer: NodeId, push: &Push) -> Result<(), SubmitError> {
+        let Push { ticket, source, window, offset } = push;
+        let (start, end, window) = (source.start, source.end, text_of(window));
+        match &*self.ask(format_args!("push {} {ticket} {start} {end} {offset} {window}", peer.0)) {
+            "taken" => Ok(()),
+            "full" => Err(SubmitError::Full { peer, limit: WRITE_LIMIT }),
+            _ => Err(SubmitError::NotConnected { peer }),
+        }
+    }
+
+    fn poll(&mut self) -> Vec<Event> {
+        let answer = self.ask(format_args!("poll"));
+        answer.split(';').filter(|text| !text.is_empty()).map(event).collect()
+    }
+
+    fn sever(&mut self, peer: NodeId) {
+        self.ask(format_args!("sever {}", peer.0));
+    }
+
+    fn holdings(&mut self) -> Holdings {
+        let answer = self.ask(format_args!("holdings"));
+        let numbers: Vec<usize> = answer.split(' ').map(|number| number.parse().unwrap()).collect();
+        let [windows, peers, writes, connections, files, mappings, threads] = numbers[..] else {
+            panic!("{answer}");
+        };
+        Holdings {
+            transport: Held { windows, peers, writes, connections },
+            process: [files, mappings, threads],
+        }
+    }
+
+    fn fill(&mut self, salt: u64) {
+        self.ask(format_args!("fill {salt}"));
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; REGION];
+        self.memory.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+}
+
+fn text_of(window: &Window) -> String {
+    format!("{} {} {} {}", window.region, window.key, window.offset, window.len)
+}
+
+fn number(words: &mut dyn Iterator<Item = &str>) -> u64 {
+    words.next().unwrap().parse().unwrap()
+}
+
+fn window(words: &mut dyn Iterator<Item = &str>) -> Window {
+    Window { region: number(words) as u32, key: number(words), offset: number(words), len: number(words) }
+}
+
+fn event(text: &str) -> Event {
+    let mut words = text.split(' ');
+    let (kind, peer) = (words.next().unwrap(), NodeId(number(&mut words)));
+    match kind {
+        "connected" => Event::Connected { peer },
+        "sent" => Event::Sent { peer, ticket: number(&mut words) },
+        "refused" => Event::Failed { peer, ticket: number(&mut words), reason: FailReason::Refused },
+        "failed" => Event::Failed { peer, ticket: number(&mut words), reason: FailReason::Severed },
+        "landed" => Event::Landed { peer, immediate: number(&mut words) as u32, len: number(&mut words) },
+        "asked" => Event::Severed { peer, reason: SeverReason::Asked },
+        "lost" => Event::Severed { peer, reason: SeverReason::Lost(words.collect::<Vec<_>>().join(" ")) },
+        _ => Event::Severed { peer, reason: SeverReason::Unreachable(words.collect::<Vec<_>>().join(" ")) },
+    }
+}
+
+fn text(event: &Event) -> String {
+    let clean = |text: &String| text.replace([';', '\n'], ",");
+    match event {
+        Event::Connected { peer } => format!("connected {}", peer.0),
+        Event::Sent { peer, ticket } => format!("sent {} {ticket}", peer.0),
+        Event::Failed { peer, ticket, reason: FailReason::Refused } => format!("refused {} {ticket}", peer.0),
+        Event::Failed { peer, ticket, reason: FailReason::Severed } => format!("failed {} {ticket}", peer.0),
+        Event::Landed { peer, immediate, len } => format!("landed {} {immediate} {len}", peer.0),
+        Event::Severed { peer, reason: SeverReason::Asked } => format!("asked {}", peer.0),
+        Event::Severed { peer, reason: SeverReason::Lost(why) } => format!("lost {} {}", peer.0, clean(why)),
+        Event::Severed { peer, reason: SeverReason::Unreachable(why) } => {
+            format!("unreachable {} {}", peer.0, clean(why))
+        }
+    }
+}
+
+/// What a process holds: descriptors, mappings of shared memory, and threads of lanes. Others of its runtime's come
+/// and go as they like.
+fn process_holdings() -> [usize; 3] {
+    let files = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mappings = maps.lines().filter(|line| line.contains("memfd:tandem")).count();
+    let of_lane = |task: std::io::Result<std::fs::DirEntry>| {
+        let name = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
+        let of_lane = name.starts_with("shm-") || name.starts_with("tls-");
+        (of_lane && !name.trim_end().ends_with("-accept")).then_some(())
+    };
+    let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(of_lane).count();
+    [files, mappings, threads]
+}
+
+#[test]
+#[ignore = "the other tests run it, as a process that can be killed"]
+fn an_end() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let [id, dir, paths] = role.split(' ').collect::<Vec<_>>()[..] else { panic!("{role}") };
+    let id = NodeId(id.parse().unwrap());
+    let identity = Identity::load_or_create(dir.as_ref()).unwrap();
+    let config = NetConfig {
+        paths: paths.split(',').map(|path| path.parse().unwrap()).collect(),
+        write_limit: WRITE_LIMIT,
+        event_limit: EVENT_LIMIT,
+        ..NetConfig::default()
+    };
+    let transport = NetTransport::bind(LOOPBACK, &identity, id, config).unwrap();
+    let address = transport.local_addr();
+    let holdings =
+        |transport: &NetTransport| Holdings { transport: transport.held(), process: process_holdings() };
+    let mut end = Local::new(id, transport, REGION, holdings);
+    let answer = |text: &str| {
+        let mut out = std::io::stdout().lock();
+        out.write_all(format!("\n{ANSWER}{text}\n").as_bytes()).unwrap();
+        out.flush().unwrap();
+    };
+    answer(&format!("{address} {}", end.memory.file().unwrap().as_raw_fd()));
+    for line in std::io::stdin().lines() {
+        answer(&obey(&mut end, &line.unwrap()));
+    }
+}
+
+fn obey(end: &mut Local<NetTransport>, line: &str) -> String {
+    let mut words = line.split(' ');
+    let done = String::new;
+    match words.next().unwrap() {
+        "poll" => {
+            let events: Vec<_> = end.poll().iter().map(text).collect();
+            return events.join(";");
+        }
+        "holdings" => {
+            let Holdings { transport: Held { windows, peers, writes, connections }, process } =
+                end.holdings();
+            let mut out = String::new();
+            let [files, mappings, threads] = process;
+            write!(out, "{windows} {peers} {writes} {connections} {files} {mappings} {threads}").unwrap();
+            return out;
+        }
+        "close" => {
+            end.close(window(&mut words));
+            return done();
+        }
+        "fill" => {
+            end.fill(number(&mut words));
+            return done();
+        }
+        kind => {
+            let peer = NodeId(number(&mut words));
+            match kind {
+                "connect" => end.connect(peer, words.next().unwrap().parse().unwrap()),
+                "sever" => end.sever(peer),
+                "open" => {
+                    let range = number(&mut words) as usize..number(&mut words) as usize;
+                    return text_of(&end.open(peer, range));
+                }
+                _ => {
+                    let ticket = number(&mut words);
+                    let source = number(&mut words) as usize..number(&mut words) as usize;
+                    let offset = number(&mut words);
+                    let push = Push { ticket, source, offset, window: window(&mut words) };
+                    let answer = match end.push(peer, &push) {
+                        Ok(()) => "taken",
+                        Err(SubmitError::Full { .. }) => "full",
+                        Err(_) => "gone",
+                    };
+                    return answer.into();
+                }
+            }
+        }
+    }
+    done()
+}
