@@ -299,6 +299,10 @@ impl Lane for Link {
     fn start(self: Arc<Self>, node: &Arc<Node>, life: &Arc<Life>) {
         let runtime = self.runtime.clone();
         let (node, life) = (Arc::clone(node), Arc::clone(life));
+        if !self.connection.remote_address().ip().is_loopback() {
+            // Its length is known by now; on the way back through this host there is none.
+            self.connection.set_receive_window(node.config.tuning.window(self.connection.rtt()));
+        }
         runtime.spawn(async move {
             // The first stream of each side carries its acknowledgements.
             let Ok(acks) = self.connection.open_uni().await else {
