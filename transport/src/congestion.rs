@@ -8,6 +8,8 @@
 //!   round trip all are changes of the window.
 //! - Peers acknowledge some packets at a time, so the path's product alone would not fill it: room for two such
 //!   batches, and for what is acknowledged in bursts, comes on top.
+//! - On a short path the hosts' threads are late by more than a round trip; a millisecond's worth more is under way,
+//!   unless that is lost.
 //!
 //! quinn's own BBR takes the rate from single packets' distances and never forgets it: its window has no bound that
 //! means anything.
@@ -52,6 +54,11 @@ const STARTUP_GAIN: f64 = 2.89;
 const GAINS: [f64; 8] = [1.25, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
 /// The share of a round's bytes that no chance loses: the path carries less than was thought.
 const OVERLOAD: f64 = 0.2;
+/// Added to the shortest round trip while few packets are lost: threads are late by about as much, and on a short path
+/// what is under way would have run out by then. Chance that takes it away on a long path takes little.
+const LATENESS: Duration = Duration::from_millis(1);
+/// The share of a round's bytes whose loss says that queues are too short for that.
+const SHALLOW: f64 = 0.01;
 /// Moments of sending that are remembered.
 const MAX_HISTORY: usize = 1024;
 
@@ -94,6 +101,8 @@ pub(crate) struct Bbr {
     /// Bytes acknowledged beyond what the rate explains, likewise.
     bursts: VecDeque<f64>,
     min_rtt: Option<(Duration, Instant)>,
+    /// How much of [`LATENESS`] is allowed for.
+    lateness: Duration,
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -160,6 +169,7 @@ impl Bbr {
             rates: VecDeque::from([0.0]),
             bursts: VecDeque::from([0.0]),
             min_rtt: None,
+            lateness: LATENESS,
         };
         bbr.window = bbr.initial_window();
         bbr
@@ -177,8 +187,9 @@ impl Bbr {
 
     fn target(&self, gain: f64) -> u64 {
         // A burst longer than the path would be a queue.
-        let product = self.product(1.0);
-        self.floor() + self.product(gain) as u64 + highest(&self.bursts).min(product) as u64
+        let bursts = highest(&self.bursts).min(self.product(1.0));
+        let late = highest(&self.rates) * self.lateness.as_secs_f64();
+        self.floor() + (self.product(gain) + bursts.max(late)) as u64
     }
 
     fn note_acked(&mut self, sent: Instant, bytes: u64) {
@@ -230,6 +241,11 @@ impl Bbr {
         if overload {
             self.forget_rates();
         }
+        self.lateness = if lost > SHALLOW * (lost + delivered) {
+            self.lateness / 2
+        } else {
+            LATENESS.min(self.lateness + LATENESS / 16)
+        };
         match &mut self.mode {
             Mode::Startup { best, rounds_without_growth } if !limited => {
                 let rate = highest(&self.rates);

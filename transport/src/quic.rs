@@ -19,6 +19,9 @@ use tokio::sync::Notify;
 /// received: enough of them for small writes to fill a link.
 pub(crate) const MAX_STREAMS: u32 = 64;
 
+/// Bytes of acknowledgements that are looked at in one go, at most.
+const MAX_ANSWERS: usize = 1024 * ACK_BYTES;
+
 /// The return stream of each side is one more. Writes that are received at all are received to the end: none is
 /// ever stuck beside another.
 pub(crate) const STREAMS: Streams =
@@ -124,7 +127,8 @@ impl Link {
                 }
             };
             if let Some((stream, ack)) = answered {
-                self.settle(&node, &life, stream, bytes, ack);
+                self.settle_quietly(&node, &life, stream, bytes, ack);
+                node.wake();
             }
         }
     }
@@ -140,13 +144,13 @@ impl Link {
         }
     }
 
-    /// Reports a write, after making sure that QUIC never reads its source again.
-    fn settle(&self, node: &Node, life: &Life, mut stream: SendStream, bytes: u64, ack: Ack) {
+    /// Reports a write, after making sure that QUIC never reads its source again. The caller wakes the node loop.
+    fn settle_quietly(&self, node: &Node, life: &Life, mut stream: SendStream, bytes: u64, ack: Ack) {
         // What QUIC has not seen acknowledged by itself it would send again; a reset makes it forget. On a
         // stream that is done with, this does nothing.
         let _ = stream.reset(VarInt::from_u32(0));
         self.load.fetch_sub(bytes, Ordering::Relaxed);
-        node.settle(life, self, ack.sequence, ack.landed);
+        node.settle_quietly(life, self, ack.sequence, ack.landed);
     }
 
     async fn receive(self: Arc<Self>, node: Arc<Node>, life: Arc<Life>) {
@@ -255,23 +259,31 @@ impl Link {
     }
 
     async fn receive_acks(self: Arc<Self>, mut stream: RecvStream, node: Arc<Node>, life: Arc<Life>) {
-        let mut record = [0; ACK_BYTES];
-        while stream.read_exact(&mut record).await.is_ok() {
-            let Some(ack) = Ack::decode(&record) else {
-                return self.end(CloseCode::Rules, "malformed acknowledgement");
-            };
-            let stream = {
-                let mut sent = lock(&self.sent);
-                let stream = sent.streams.remove(&ack.sequence);
-                if stream.is_none() && sent.early.len() < node.config.write_limit {
-                    sent.early.insert(ack.sequence, ack);
-                    self.more_answers.notify_waiters();
+        let mut received = Vec::new();
+        while let Ok(Some(chunk)) = stream.read_chunk(MAX_ANSWERS, true).await {
+            received.extend_from_slice(&chunk.bytes);
+            let (records, rest) = received.as_chunks();
+            for record in records {
+                let Some(ack) = Ack::decode(record) else {
+                    return self.end(CloseCode::Rules, "malformed acknowledgement");
+                };
+                let stream = {
+                    let mut sent = lock(&self.sent);
+                    let stream = sent.streams.remove(&ack.sequence);
+                    if stream.is_none() && sent.early.len() < node.config.write_limit {
+                        sent.early.insert(ack.sequence, ack);
+                        self.more_answers.notify_waiters();
+                    }
+                    stream
+                };
+                if let Some((stream, bytes)) = stream {
+                    self.settle_quietly(&node, &life, stream, bytes, ack);
                 }
-                stream
-            };
-            if let Some((stream, bytes)) = stream {
-                self.settle(&node, &life, stream, bytes, ack);
             }
+            let whole = received.len() - rest.len();
+            received.drain(..whole);
+            // Once for all that have come: each time is a switch of threads.
+            node.wake();
         }
     }
 }
