@@ -12,9 +12,8 @@ use tandem_kernels::KvPages;
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
 use tandem_proto::layout::KvDtype;
 use tandem_proto::wire::{Hello, Role};
-use tandem_transport::Transport;
-use tandem_transport::Tuning;
 use tandem_transport::control::{Control, Limits};
+use tandem_transport::{Congestion, Transport, Tuning};
 use tandem_transport::{NetConfig, NetTransport, Path};
 use tokio::sync::oneshot;
 
@@ -65,9 +64,19 @@ pub struct NodeOptions {
     /// a gigabyte a second over QUIC at Ethernet's packet size, two over TLS; more help where there are idle cores.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Memory and speed")]
     pub data_threads: usize,
-    /// The largest UDP payload between hosts: 1452 suits every Ethernet, 8952 suits jumbo frames.
+    /// The largest UDP payload between hosts: 1452 suits every Ethernet, 8952 suits jumbo frames. QUIC finds out whether
+    /// a path carries it, and goes down to 1200 where it does not.
     #[arg(long, value_name = "BYTES", default_value_t = 1452, help_heading = "Memory and speed")]
     pub mtu: u16,
+    /// Every path between nodes carries --mtu: used from the first packet on and never doubted. Without it, packets lost
+    /// in bulk look as if the path had shrunk, which costs speed for a minute.
+    #[arg(long, help_heading = "Memory and speed")]
+    pub mtu_is_known: bool,
+    /// How QUIC finds out what a path carries. bbr measures it, fills links that lose packets, and keeps queues short.
+    /// cubic takes every loss for a full queue: it gives way to other traffic, and where one packet in a thousand is lost
+    /// over 20 ms, to nothing at all.
+    #[arg(long, value_name = "NAME", default_value = "bbr", help_heading = "Memory and speed")]
+    pub congestion: Congestion,
     /// Silence after which a peer counts as dead, and what it took part in is given up.
     ///
     /// The default notices a killed process in under a second. Raise it where machines are overloaded.
@@ -144,7 +153,12 @@ pub fn start(
     warm(&kv)?;
     runtime.block_on(async move {
         let node = random_node_id().context("no randomness for the node's id")?;
-        let tuning = Tuning { mtu: options.mtu, ..Tuning::dead_after(options.peer_timeout) };
+        let tuning = Tuning {
+            mtu: options.mtu,
+            mtu_is_known: options.mtu_is_known,
+            congestion: options.congestion,
+            ..Tuning::dead_after(options.peer_timeout)
+        };
         let limits = Limits { tuning: tuning.clone(), ..Limits::default() };
         let (control, events) = Control::bind(options.control, &identity, node, limits)?;
         let net = NetConfig {

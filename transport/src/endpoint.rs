@@ -1,5 +1,6 @@
 //! A UDP socket with QUIC on it, tuned for the paths between nodes. Both planes use it.
 
+use crate::congestion::{BbrFactory, Congestion};
 use crate::identity::{Identity, SERVER_NAME};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -26,17 +27,20 @@ pub struct Tuning {
     /// Whether every path carries `mtu`: then it is used from the first packet on, and never doubted. Bulk
     /// loss otherwise looks to QUIC as if the path had shrunk, and it falls back to 1200 bytes.
     pub mtu_is_known: bool,
+    /// How connections find out how much their path carries.
+    pub congestion: Congestion,
     /// The largest UDP payload between processes of one host, where size is all that matters.
     pub loopback_mtu: u16,
     /// Silence after which a peer is dead.
     pub dead_after: Duration,
     /// How often to say something when there is nothing to say.
     pub keep_alive: Duration,
-    /// Bytes under way on one stream, at most.
-    pub stream_window: u32,
-    /// Bytes under way on one connection, at most. All connections of a socket share its kernel buffer, of
-    /// 4 MiB as a rule: more under way than that is loss.
+    /// Bytes under way on one connection, at most, where the round trip is short. All connections of a socket
+    /// share its kernel buffer, of 4 MiB as a rule: more at once than that is loss. Over a longer round trip it is
+    /// what [`Tuning::connection_rate`] sends in one: most of that is on the wire and not in the buffer.
     pub connection_window: u32,
+    /// Bytes a second that one connection is to be able to reach: about what one thread carries.
+    pub connection_rate: u32,
     /// What to ask of the kernel for each direction of the socket.
     pub socket_buffer: usize,
     /// Packets that a peer may leave unacknowledged, at most.
@@ -48,11 +52,12 @@ impl Default for Tuning {
         Tuning {
             mtu: 1452,
             mtu_is_known: false,
+            congestion: Congestion::Bbr,
             loopback_mtu: 16_000,
             dead_after: Duration::from_millis(900),
             keep_alive: Duration::from_millis(150),
-            stream_window: 2 << 20,
             connection_window: 2 << 20,
+            connection_rate: 500_000_000,
             socket_buffer: 4 << 20,
             ack_every: 16,
         }
@@ -109,6 +114,9 @@ pub(crate) struct Bound {
     remote: Arc<TransportConfig>,
 }
 
+/// Bytes under way on one connection, at most, however long its round trip: those of 130 ms at the default rate.
+const MAX_WINDOW: u32 = 64 << 20;
+
 const MTU_RANGE: &str = "from 1200 to 16383";
 
 impl Tuning {
@@ -116,6 +124,13 @@ impl Tuning {
     #[must_use]
     pub fn dead_after(silence: Duration) -> Tuning {
         Tuning { dead_after: silence, keep_alive: silence / 6, ..Tuning::default() }
+    }
+
+    /// Bytes that a peer may have under way on one connection, over a round trip of this length.
+    pub(crate) fn window(&self, round_trip: Duration) -> VarInt {
+        let product = f64::from(self.connection_rate) * round_trip.as_secs_f64();
+        // Saturates.
+        VarInt::from_u32((product as u32).min(MAX_WINDOW).max(self.connection_window))
     }
 
     fn check(&self) -> Result<(), BindError> {
@@ -139,10 +154,9 @@ impl Tuning {
         // QUIC's clock of silence starts anew with the first packet sent after the last one received, which
         // is a keep-alive's time late at worst.
         let idle = self.dead_after.saturating_sub(self.keep_alive);
-        let stream_window = self.stream_window.min(self.connection_window / streams.independent.max(1));
-        let mut cubic = CubicConfig::default();
-        // Paths here are short and fast: what starts slowly only starts late.
-        cubic.initial_window(u64::from(self.connection_window) / 4);
+        // A stream that need not leave room to others is held by the connection's window alone, which may grow.
+        let stream_window =
+            if streams.independent > 1 { self.connection_window / streams.independent } else { MAX_WINDOW };
         config
             .max_idle_timeout(IdleTimeout::try_from(idle).ok())
             .keep_alive_interval(Some(self.keep_alive))
@@ -150,11 +164,21 @@ impl Tuning {
             .max_concurrent_uni_streams(streams.unidirectional.into())
             .stream_receive_window(stream_window.into())
             .receive_window(self.connection_window.into())
-            .send_window(u64::from(self.connection_window) * 2)
+            .send_window(MAX_WINDOW.into())
             .send_fairness(false)
             .datagram_receive_buffer_size(None)
-            .initial_rtt(Duration::from_millis(20))
-            .congestion_controller_factory(Arc::new(cubic));
+            .initial_rtt(Duration::from_millis(20));
+        match self.congestion {
+            Congestion::Bbr => {
+                config.congestion_controller_factory(Arc::new(BbrFactory { ack_every: self.ack_every }));
+            }
+            Congestion::Cubic => {
+                let mut cubic = CubicConfig::default();
+                // Paths here are short and fast: what starts slowly only starts late.
+                cubic.initial_window(u64::from(self.connection_window) / 4);
+                config.congestion_controller_factory(Arc::new(cubic));
+            }
+        }
         if self.ack_every > 1 {
             let mut acks = AckFrequencyConfig::default();
             acks.ack_eliciting_threshold(VarInt::from_u32(self.ack_every));

@@ -323,16 +323,10 @@ fn writes_to_what_was_not_granted_are_refused_one_by_one() {
 #[test]
 fn streams_that_break_a_rule_sever_their_writer_alone() {
     type Breaks = fn(Window) -> (Vec<u8>, bool);
-    let cases: [(&str, Breaks); 5] = [
+    let cases: [(&str, Breaks); 4] = [
         ("write header of another version", |own| {
             let mut bytes = header(own, 4).encode();
             bytes[0] ^= 0xff;
-            (bytes.to_vec(), true)
-        }),
-        ("write header of another version", |own| {
-            let mut bytes = header(own, 4).encode();
-            // A path that there is not.
-            bytes[bytes.len() - 1] = 99;
             (bytes.to_vec(), true)
         }),
         ("longer than its header says", |own| {

@@ -12,6 +12,7 @@
 //! Unsafe code is confined to the places where leased memory becomes a slice, and shared memory an atomic.
 #![deny(unsafe_code)]
 
+mod congestion;
 pub mod control;
 mod endpoint;
 mod events;
@@ -34,6 +35,7 @@ mod tls;
 mod transport;
 mod window;
 
+pub use congestion::Congestion;
 #[doc(hidden)]
 pub use endpoint::bare_endpoint;
 pub use endpoint::{BindError, Tuning};

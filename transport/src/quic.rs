@@ -19,6 +19,9 @@ use tokio::sync::Notify;
 /// received: enough of them for small writes to fill a link.
 pub(crate) const MAX_STREAMS: u32 = 64;
 
+/// Bytes of acknowledgements that are looked at in one go, at most.
+const MAX_ANSWERS: usize = 1024 * ACK_BYTES;
+
 /// The return stream of each side is one more. Writes that are received at all are received to the end: none is
 /// ever stuck beside another.
 pub(crate) const STREAMS: Streams =
@@ -124,7 +127,8 @@ impl Link {
                 }
             };
             if let Some((stream, ack)) = answered {
-                self.settle(&node, &life, stream, bytes, ack);
+                self.settle_quietly(&node, &life, stream, bytes, ack);
+                node.wake();
             }
         }
     }
@@ -140,13 +144,13 @@ impl Link {
         }
     }
 
-    /// Reports a write, after making sure that QUIC never reads its source again.
-    fn settle(&self, node: &Node, life: &Life, mut stream: SendStream, bytes: u64, ack: Ack) {
+    /// Reports a write, after making sure that QUIC never reads its source again. The caller wakes the node loop.
+    fn settle_quietly(&self, node: &Node, life: &Life, mut stream: SendStream, bytes: u64, ack: Ack) {
         // What QUIC has not seen acknowledged by itself it would send again; a reset makes it forget. On a
         // stream that is done with, this does nothing.
         let _ = stream.reset(VarInt::from_u32(0));
         self.load.fetch_sub(bytes, Ordering::Relaxed);
-        node.settle(life, self, ack.sequence, ack.landed);
+        node.settle_quietly(life, self, ack.sequence, ack.landed);
     }
 
     async fn receive(self: Arc<Self>, node: Arc<Node>, life: Arc<Life>) {
@@ -255,7 +259,7 @@ impl Link {
 
     async fn receive_acks(self: Arc<Self>, mut stream: RecvStream, node: Arc<Node>, life: Arc<Life>) {
         let mut pending = Vec::new();
-        while let Ok(Some(chunk)) = stream.read_chunk(usize::MAX, true).await {
+        while let Ok(Some(chunk)) = stream.read_chunk(MAX_ANSWERS, true).await {
             pending.extend_from_slice(&chunk.bytes);
             let (records, cut) = pending.as_chunks::<ACK_BYTES>();
             for record in records {
@@ -265,6 +269,8 @@ impl Link {
                 self.take_ack(&node, &life, ack);
             }
             pending = cut.to_vec();
+            // Once for all that have come: each time is a switch of threads.
+            node.wake();
             // Reading never makes a task wait its turn: however much a peer says, the others of this thread have theirs.
             tokio::task::yield_now().await;
         }
@@ -281,7 +287,7 @@ impl Link {
             stream
         };
         if let Some((stream, bytes)) = stream {
-            self.settle(node, life, stream, bytes, ack);
+            self.settle_quietly(node, life, stream, bytes, ack);
         }
     }
 
@@ -314,6 +320,10 @@ impl Lane for Link {
     fn start(self: Arc<Self>, node: &Arc<Node>, life: &Arc<Life>) {
         let runtime = self.runtime.clone();
         let (node, life) = (Arc::clone(node), Arc::clone(life));
+        if !self.connection.remote_address().ip().is_loopback() {
+            // Its length is known by now; on the way back through this host there is none.
+            self.connection.set_receive_window(node.config.tuning.window(self.connection.rtt()));
+        }
         runtime.spawn(async move {
             // The first stream of each side carries its acknowledgements.
             let Ok(acks) = self.connection.open_uni().await else {

@@ -1216,6 +1216,16 @@ impl Node {
         }
         for link in &links {
             link.close("severed");
+            let path = link.connection.stats().path;
+            tracing::info!(
+                %peer,
+                sent = path.sent_packets,
+                lost = path.lost_packets,
+                rtt = ?path.rtt,
+                mtu = path.current_mtu,
+                mtu_doubted = path.black_holes_detected,
+                "QUIC connection ended"
+            );
         }
         for (of_all, of_peer, packets) in {
             let (sent, lost) = packets_of(&links);

@@ -80,12 +80,7 @@ impl Shape for ThreeThreads {
 pub(crate) struct Ethernet;
 impl Shape for Ethernet {
     fn config() -> NetConfig {
-        let tuning = Tuning {
-            loopback_mtu: 1452,
-            stream_window: 64 << 10,
-            connection_window: 128 << 10,
-            ..Tuning::default()
-        };
+        let tuning = Tuning { loopback_mtu: 1452, connection_window: 128 << 10, ..Tuning::default() };
         NetConfig { connections: 1, streams: 2, tuning, ..QuicAlone::config() }
     }
 }

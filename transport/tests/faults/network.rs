@@ -25,7 +25,7 @@ fn nodes<const N: usize>(name: &str) -> [Node; N] {
     std::array::from_fn(|i| {
         // Packets as between hosts.
         let tuning = Tuning { loopback_mtu: 1452, ..Tuning::default() };
-        let config = NetConfig { tuning, paths: vec![Path::Quic], ..NetConfig::default() };
+        let config = NetConfig { tuning, paths: vec![Path::Quic], event_limit: 100, ..NetConfig::default() };
         let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(i as u64 + 1), config).unwrap();
         let region = HostRegion::map(REGION).unwrap();
         let id = transport.register(Arc::clone(&region)).unwrap();
@@ -128,4 +128,71 @@ fn a_stuck_peer_holds_up_nobody_else() {
     }
     assert!(begun.elapsed() < Duration::from_millis(800), "took {:?}", begun.elapsed());
     assert!(a.events.is_empty(), "nothing has happened to the stuck peer yet: {:?}", a.events);
+}
+
+/// Bytes a second that land at a peer whose window is open, in the best of some stretches of time: other work on this
+/// machine takes from some of them, and a peer that is stalled has no good one.
+fn throughput(from: &mut Node, to: &mut Node, peer: u64, window: tandem_transport::Window) -> f64 {
+    const STRETCH: Duration = Duration::from_millis(60);
+    let mut under_way = 0;
+    let rates: Vec<f64> = (0..11)
+        .map(|_| {
+            let (begun, mut landed) = (Instant::now(), 0);
+            while begun.elapsed() < STRETCH {
+                while under_way < 8 {
+                    from.write(peer, 1, 1 << 20, window);
+                    under_way += 1;
+                }
+                from.poll();
+                to.poll();
+                to.events.clear();
+                let sent = |e: &Event| matches!(e, Event::Sent { peer: p, .. } if p.0 == peer);
+                let before = from.events.len();
+                from.events.retain(|e| !sent(e));
+                under_way -= before - from.events.len();
+                landed += before - from.events.len();
+                thread::sleep(Duration::from_micros(200));
+            }
+            (landed << 20) as f64 / begun.elapsed().as_secs_f64()
+        })
+        .collect();
+    while under_way > 0 {
+        from.expect(Duration::from_secs(5), |e| matches!(e, Event::Sent { peer: p, .. } if p.0 == peer));
+        under_way -= 1;
+    }
+    rates.into_iter().fold(0.0, f64::max)
+}
+
+/// `hold` is given the peer that is to be held up, and how it is reached.
+fn does_not_slow_another(name: &str, write_bytes: usize, writes: u64, hold: impl Fn(&Relay)) {
+    let [mut a, mut b, mut c] = nodes(name);
+    let relay = Relay::start(b.transport.local_addr());
+    connect(&mut a, &mut b, (1, 2), relay.addr);
+    let direct = c.transport.local_addr();
+    connect(&mut a, &mut c, (1, 3), direct);
+    let held = b.transport.open_window(NodeId(1), b.region.0, 0..REGION).unwrap();
+    let free = c.transport.open_window(NodeId(1), c.region.0, 0..REGION).unwrap();
+    throughput(&mut a, &mut c, 3, free);
+    let alone = throughput(&mut a, &mut c, 3, free);
+    hold(&relay);
+    for ticket in 0..writes {
+        a.write(2, 100 + ticket, write_bytes, held);
+    }
+    let beside = throughput(&mut a, &mut c, 3, free);
+    let unreported = a.events.iter().filter(|e| matches!(e, Event::Sent { peer, .. } if peer.0 == 2)).count();
+    assert!((unreported as u64) < writes, "nothing was held up");
+    assert!(!a.events.iter().any(|e| matches!(e, Event::Severed { .. })), "{:?}", a.events);
+    eprintln!("{name}: {:.0} MB/s alone, {:.0} MB/s beside", alone / 1e6, beside / 1e6);
+    assert!(beside > 0.5 * alone, "{:.0} MB/s alone, {:.0} MB/s beside", alone / 1e6, beside / 1e6);
+}
+
+#[test]
+fn a_peer_on_a_slow_link_does_not_slow_another() {
+    does_not_slow_another("slow", REGION, 8, |relay| relay.weather.rate.store(125_000, Ordering::Relaxed));
+}
+
+/// It takes no event for as long as this lasts, so that its transport soon takes no write.
+#[test]
+fn a_peer_that_stops_reading_does_not_slow_another() {
+    does_not_slow_another("stopped", 64 << 10, 250, |_| {});
 }

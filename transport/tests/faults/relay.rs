@@ -21,6 +21,8 @@ pub(crate) struct Weather {
     pub(crate) garbled: AtomicU64,
     /// UDP is followed by some packet that passed before.
     pub(crate) replayed: AtomicU64,
+    /// Bytes of UDP a second in each direction, if not 0. What waits fills a socket's buffer, which then drops.
+    pub(crate) rate: AtomicU64,
     /// Draws so far: what chance depends on.
     pub(crate) seed: AtomicU64,
 }
@@ -126,6 +128,10 @@ impl Way {
         let (chance, of_thousand) = draw();
         if weather.dark.load(Ordering::Relaxed) || of_thousand < lost {
             return;
+        }
+        if let Some(us) = (packet.len() as u64 * 1_000_000).checked_div(weather.rate.load(Ordering::Relaxed))
+        {
+            thread::sleep(Duration::from_micros(us));
         }
         if replayed > 0 {
             self.old.push_back(packet.to_vec());

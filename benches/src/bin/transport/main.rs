@@ -2,6 +2,8 @@
 //! process into another's memory over loopback by every way in turn, beside the limits and the peers of this
 //! machine: a plain copy, plain TCP, and quinn without our layers.
 //!
+//! Under `scripts/two-hosts` the bytes go from one host to the other, over its link.
+//!
 //! Every sample's bytes are checked where they landed. Processor time is counted in each process around the
 //! sample alone.
 
@@ -15,18 +17,24 @@ use clap::Parser;
 use pattern::{Slots, verify};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Write};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
+use tandem_transport::Tuning;
 
 /// Measures the transport's paths beside copies, plain TCP and bare quinn.
 #[derive(Parser)]
-#[command(version, after_help = "Example:\n  transport --ways memcpy,shm --sizes 64KiB,1MiB")]
+#[command(
+    version,
+    after_help = "Examples:\n  transport --ways memcpy,shm --sizes 64KiB,1MiB\n  scripts/two-hosts --delay 20ms --loss 0.1% -- transport --ways tcp,tcp-bbr,quic-1452:2 --sizes 1MiB --under-way 16MiB --seconds 5 --rounds 3"
+)]
 struct Options {
-    /// What to measure: memcpy, tcp, shm, tls, quic-MTU (ours), quinn-MTU (without our layers). Append :N for N
-    /// connections (tcp, tls, quic) or, for quic, so many threads too.
+    /// What to measure: memcpy, tcp, shm, tls, quic-MTU (ours), quinn-MTU (without our layers). Append -NAME for
+    /// another congestion control than the usual (quic, quinn: bbr or cubic; tcp: whatever the kernel has), then :N for
+    /// N connections (tcp, tls, quic) or, for quic, so many threads too.
     #[arg(
         long,
         value_delimiter = ',',
@@ -36,6 +44,10 @@ struct Options {
     /// Bytes of a write.
     #[arg(long, value_delimiter = ',', default_value = "64KiB,256KiB,1MiB,16MiB,64MiB", value_parser = tandem_process::units::bytes)]
     sizes: Vec<usize>,
+    /// Bytes under way at once on each connection, as far as 4 to 64 writes of a size come near it. More than the path's
+    /// rate times its round trip, or the path is not filled.
+    #[arg(long, default_value = "4MiB", value_parser = tandem_process::units::bytes)]
+    under_way: usize,
     /// Seconds of each sample.
     #[arg(long, default_value_t = 0.4)]
     seconds: f64,
@@ -58,6 +70,8 @@ struct Options {
 struct Way {
     name: String,
     kind: Kind,
+    /// None is what there is without asking.
+    congestion: Option<String>,
     connections: usize,
 }
 
@@ -69,21 +83,38 @@ enum Kind {
     Quinn { mtu: u16 },
 }
 
+impl Way {
+    /// For QUIC: what the transport is told, with this way's MTU on every path.
+    fn tuning(&self) -> anyhow::Result<Tuning> {
+        let (Kind::Ours { mtu, .. } | Kind::Quinn { mtu }) = self.kind else { return Ok(Tuning::default()) };
+        let congestion =
+            self.congestion.as_deref().map(str::parse).transpose().map_err(anyhow::Error::msg)?;
+        let tuning = Tuning { mtu, loopback_mtu: mtu, ..Tuning::default() };
+        Ok(Tuning { congestion: congestion.unwrap_or(tuning.congestion), ..tuning })
+    }
+}
+
 impl std::str::FromStr for Way {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Way, String> {
         let (what, connections) = text.split_once(':').unwrap_or((text, "1"));
         let connections = connections.parse().map_err(|_| format!("{text}: a number follows the colon"))?;
-        let (what, mtu) = what.split_once('-').unwrap_or((what, "1452"));
-        let mtu = mtu.parse().map_err(|_| format!("{text}: an MTU follows the dash"))?;
+        let mut parts = what.split('-').peekable();
+        let what = parts.next().unwrap_or_default();
+        let mtu = parts.next_if(|part| part.starts_with(|c: char| c.is_ascii_digit())).unwrap_or("1452");
+        let mtu = mtu.parse().map_err(|_| format!("{text}: {mtu} is no MTU"))?;
+        let congestion = parts.next().map(str::to_owned);
+        if let Some(more) = parts.next() {
+            return Err(format!("{text}: nothing is known of {more:?}"));
+        }
         let kind = match what {
             "memcpy" => Kind::Memcpy,
             "tcp" => Kind::Tcp,
             "quinn" => Kind::Quinn { mtu },
             path => Kind::Ours { path: path.parse()?, mtu },
         };
-        Ok(Way { name: text.into(), kind, connections })
+        Ok(Way { name: text.into(), kind, congestion, connections })
     }
 }
 
@@ -95,8 +126,6 @@ impl std::fmt::Display for Way {
 
 /// Bytes that lie in either process.
 const REGION: usize = 256 << 20;
-/// Bytes under way at once on each connection, as far as [`DEPTHS`] allows.
-const UNDER_WAY: usize = 4 << 20;
 /// Writes under way at once on each connection.
 const DEPTHS: std::ops::RangeInclusive<usize> = 4..=64;
 /// How long anything may take.
@@ -140,13 +169,13 @@ fn measure(options: &Options, dir: &std::path::Path) -> anyhow::Result<()> {
         let hello = child.line()?;
         let sender: Box<dyn Sender> = match way.kind {
             Kind::Memcpy => Box::new(Memcpy { from: Arc::clone(&source), to: HostRegion::map(REGION)? }),
-            Kind::Tcp => Box::new(tcp::Tcp::connect(&hello, way.connections, Arc::clone(&source))?),
-            Kind::Ours { path, mtu } => {
-                let ours = ours::config(path, mtu, way.connections);
+            Kind::Tcp => Box::new(tcp::Tcp::connect(&hello, way, Arc::clone(&source))?),
+            Kind::Ours { path, .. } => {
+                let ours = ours::config(path, way.tuning()?, way.connections);
                 Box::new(ours::Ours::connect(&hello, &identity, ours, Arc::clone(&source))?)
             }
-            Kind::Quinn { mtu } => {
-                Box::new(quinn::Bare::connect(&hello, &identity, mtu, Arc::clone(&source))?)
+            Kind::Quinn { .. } => {
+                Box::new(quinn::Bare::connect(&hello, &identity, way.tuning()?, Arc::clone(&source))?)
             }
         };
         ends.push((child, sender));
@@ -156,7 +185,9 @@ fn measure(options: &Options, dir: &std::path::Path) -> anyhow::Result<()> {
         eprintln!("round {} of {}", round + 1, options.rounds);
         for &size in &options.sizes {
             for (way, (receiver, sender)) in ends.iter_mut().enumerate() {
-                let slots = Slots::new(size, options.ways[way].connections, (round * 1000 + way) as u64)?;
+                let under_way = options.under_way;
+                let slots =
+                    Slots::new(size, under_way, options.ways[way].connections, (round * 1000 + way) as u64)?;
                 slots.fill(&source);
                 // The first pages, the first windows of congestion: not what is to be measured.
                 sender.run(slots, Duration::from_millis(20))?;
@@ -214,7 +245,14 @@ struct Receiver {
 
 impl Receiver {
     fn start(way: &Way, dir: &std::path::Path) -> anyhow::Result<Receiver> {
-        let mut child = Command::new(std::env::current_exe()?)
+        let exe = std::env::current_exe()?;
+        let mut command = Command::new(&exe);
+        if let Ok(host) = std::env::var("TWO_HOSTS_PEER") {
+            command = Command::new("ip");
+            command.args(["netns", "exec", &host]).arg(&exe);
+            command.env("TWO_HOSTS_IP", std::env::var("TWO_HOSTS_PEER_IP")?);
+        }
+        let mut child = command
             .args(["--receive", &way.name, "--ways", &way.name, "--identity"])
             .arg(dir)
             .stdin(Stdio::piped())
@@ -242,7 +280,7 @@ impl Receiver {
     }
 
     fn verify(&mut self, slots: Slots) -> anyhow::Result<()> {
-        let answer = self.ask(&format!("verify {} {}", slots.size, slots.seed))?;
+        let answer = self.ask(&format!("verify {} {} {}", slots.size, slots.count, slots.seed))?;
         ensure!(answer == "right", "{answer}");
         Ok(())
     }
@@ -265,18 +303,19 @@ fn receive(way: &Way, dir: &std::path::Path) -> anyhow::Result<()> {
             Box::new(())
         }
         Kind::Tcp => Box::new(tcp::receive(Arc::clone(&landing))?),
-        Kind::Ours { path, mtu } => {
-            let config = ours::config(path, mtu, way.connections);
+        Kind::Ours { path, .. } => {
+            let config = ours::config(path, way.tuning()?, way.connections);
             Box::new(ours::receive(&identity, config, Arc::clone(&landing))?)
         }
-        Kind::Quinn { mtu } => Box::new(quinn::receive(&identity, mtu, Arc::clone(&landing))?),
+        Kind::Quinn { .. } => Box::new(quinn::receive(&identity, way.tuning()?, Arc::clone(&landing))?),
     };
     for line in std::io::stdin().lines() {
         let line = line?;
         match line.split(' ').collect::<Vec<_>>()[..] {
             ["cpu"] => println!("{}", cpu()),
-            ["verify", size, seed] => {
-                match verify(&landing, Slots::new(size.parse()?, way.connections, seed.parse()?)?) {
+            ["verify", size, count, seed] => {
+                let slots = Slots { size: size.parse()?, count: count.parse()?, seed: seed.parse()? };
+                match verify(&landing, slots) {
                     Ok(()) => println!("right"),
                     Err(error) => println!("{error}"),
                 }
@@ -285,6 +324,12 @@ fn receive(way: &Way, dir: &std::path::Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Where this process listens: on its host of `scripts/two-hosts`, or on loopback.
+fn here() -> anyhow::Result<SocketAddr> {
+    let ip = std::env::var("TWO_HOSTS_IP").unwrap_or_else(|_| Ipv4Addr::LOCALHOST.to_string());
+    Ok(SocketAddr::new(ip.parse()?, 0))
 }
 
 /// Seconds of processor time that this process has used.
@@ -342,8 +387,8 @@ fn report(options: &Options, samples: &[Sample]) -> anyhow::Result<()> {
         }
     }
     for (way, name) in options.ways.iter().enumerate() {
-        let Kind::Ours { path: tandem_transport::Path::Quic, mtu } = name.kind else { continue };
-        let Some(bare) = place(&format!("quinn-{mtu}")) else { continue };
+        let Kind::Ours { path: tandem_transport::Path::Quic, .. } = name.kind else { continue };
+        let Some(bare) = place(&name.name.replacen("quic", "quinn", 1)) else { continue };
         let ratio = |of: fn(&Sample) -> f64| {
             let of_way = |w: usize| samples.iter().filter(move |s| s.way == w).map(of);
             median(of_way(way).zip(of_way(bare)).map(|(a, b)| a / b).collect())

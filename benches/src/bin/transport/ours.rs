@@ -1,9 +1,8 @@
 //! The transport, held to one path.
 
 use crate::pattern::Slots;
-use crate::{PATIENCE, Sender};
+use crate::{PATIENCE, Sender, here};
 use anyhow::{Context, bail, ensure};
-use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 use std::thread::Thread;
@@ -14,10 +13,8 @@ use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, Transport
 
 const SENDER: NodeId = NodeId(1);
 const RECEIVER: NodeId = NodeId(2);
-const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
-pub(crate) fn config(path: Path, mtu: u16, connections: usize) -> NetConfig {
-    let tuning = Tuning { loopback_mtu: mtu, ..Tuning::default() };
+pub(crate) fn config(path: Path, tuning: Tuning, connections: usize) -> NetConfig {
     let config = NetConfig { paths: vec![path], tuning, write_limit: 4096, ..NetConfig::default() };
     match path {
         Path::Quic => NetConfig { threads: connections, connections, ..config },
@@ -52,7 +49,7 @@ impl Ours {
         let window: Vec<u64> = window.split(' ').map(str::parse).collect::<Result<_, _>>()?;
         let [region, key, offset, len] = window[..] else { bail!("a window has four numbers") };
         let window = Window { region: region as u32, key, offset, len };
-        let mut transport = NetTransport::bind(ANY, identity, SENDER, config)?;
+        let mut transport = NetTransport::bind(here()?, identity, SENDER, config)?;
         transport.register(Arc::clone(&source))?;
         transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
         transport.connect(RECEIVER, addr.parse()?);
@@ -114,7 +111,7 @@ pub(crate) fn receive(
     config: NetConfig,
     landing: Arc<HostRegion>,
 ) -> anyhow::Result<()> {
-    let mut transport = NetTransport::bind(ANY, identity, RECEIVER, config)?;
+    let mut transport = NetTransport::bind(here()?, identity, RECEIVER, config)?;
     let len = landing.len();
     let region = transport.register(landing)?;
     let window = transport.open_window(SENDER, region, 0..len)?;

@@ -13,11 +13,10 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    pub(crate) fn new(size: usize, connections: usize, seed: u64) -> anyhow::Result<Slots> {
+    pub(crate) fn new(size: usize, under_way: usize, connections: usize, seed: u64) -> anyhow::Result<Slots> {
         ensure!(size >= 8 && size.is_multiple_of(8) && 2 * size <= crate::REGION, "writes of {size} bytes");
         // Two for each write under way, where the region has room: none is written while it is read.
-        let depth =
-            (crate::UNDER_WAY / size).clamp(*crate::DEPTHS.start(), *crate::DEPTHS.end()) * connections;
+        let depth = (under_way / size).clamp(*crate::DEPTHS.start(), *crate::DEPTHS.end()) * connections;
         Ok(Slots { size, count: (crate::REGION / size).min(2 * depth), seed })
     }
 

@@ -1,18 +1,16 @@
 //! quinn with the transport's settings and without its layers: a stream for each write, one answer each.
 
 use crate::pattern::{Slots, bytes, bytes_mut};
-use crate::{PATIENCE, Sender};
+use crate::{PATIENCE, Sender, here};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use quinn::{Connection, Endpoint, RecvStream};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_transport::{Identity, Tuning, bare_endpoint};
 use tokio::runtime::Runtime;
-
-const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 /// Between samples nothing drives the sending side.
 const SILENCE: Duration = Duration::from_secs(600);
@@ -42,14 +40,13 @@ impl Bare {
     pub(crate) fn connect(
         hello: &str,
         identity: &Identity,
-        mtu: u16,
+        tuning: Tuning,
         source: Arc<HostRegion>,
     ) -> anyhow::Result<Bare> {
         let runtime = runtime()?;
         let addr: SocketAddr = hello.parse()?;
         let (endpoint, connection, answers) = runtime.block_on(async {
-            let tuning = Tuning { loopback_mtu: mtu, ..Tuning::dead_after(SILENCE) };
-            let (endpoint, connect) = bare_endpoint(ANY, identity, &tuning)?;
+            let (endpoint, connect) = bare_endpoint(here()?, identity, &patient(tuning))?;
             let connection = connect(addr)?.await?;
             // Seen by the peer only once something is sent on it.
             connection.open_uni().await?.write_all(&[1]).await?;
@@ -100,12 +97,16 @@ impl Sender for Bare {
     }
 }
 
-pub(crate) fn receive(identity: &Identity, mtu: u16, landing: Arc<HostRegion>) -> anyhow::Result<()> {
-    let tuning = Tuning { loopback_mtu: mtu, ..Tuning::dead_after(SILENCE) };
+fn patient(tuning: Tuning) -> Tuning {
+    let Tuning { dead_after, keep_alive, .. } = Tuning::dead_after(SILENCE);
+    Tuning { dead_after, keep_alive, ..tuning }
+}
+
+pub(crate) fn receive(identity: &Identity, tuning: Tuning, landing: Arc<HostRegion>) -> anyhow::Result<()> {
     let runtime = runtime()?;
     let (endpoint, _) = {
         let _inside = runtime.enter();
-        bare_endpoint(ANY, identity, &tuning)?
+        bare_endpoint(here()?, identity, &patient(tuning))?
     };
     println!("{}", endpoint.local_addr()?);
     std::thread::spawn(move || {

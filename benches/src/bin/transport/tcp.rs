@@ -1,10 +1,10 @@
 //! Plain TCP, as fast as it goes: a thread for each connection, straight from and into the regions.
 
 use crate::pattern::{Slots, bytes, bytes_mut};
-use crate::{PATIENCE, Sender};
+use crate::{PATIENCE, Sender, Way, here};
 use anyhow::Context;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -19,9 +19,12 @@ pub(crate) struct Tcp {
 }
 
 impl Tcp {
-    pub(crate) fn connect(hello: &str, connections: usize, source: Arc<HostRegion>) -> anyhow::Result<Tcp> {
-        let streams = (0..connections).map(|_| {
+    pub(crate) fn connect(hello: &str, way: &Way, source: Arc<HostRegion>) -> anyhow::Result<Tcp> {
+        let streams = (0..way.connections).map(|_| {
             let stream = TcpStream::connect(hello)?;
+            if let Some(congestion) = &way.congestion {
+                rustix::net::sockopt::set_tcp_congestion(&stream, congestion)?;
+            }
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(PATIENCE))?;
             stream.set_write_timeout(Some(PATIENCE))?;
@@ -79,7 +82,7 @@ impl Sender for Tcp {
 
 /// Lands what comes, on threads that end with their connections.
 pub(crate) fn receive(landing: Arc<HostRegion>) -> anyhow::Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let listener = TcpListener::bind(here()?)?;
     println!("{}", listener.local_addr()?);
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
