@@ -335,7 +335,9 @@ impl Drop for Dark {
 }
 
 const CUT: &str = "for link in eth0 eth1; do tc qdisc add dev $link root netem loss 100%; done";
-const MEND: &str = "for link in eth0 eth1; do tc qdisc del dev $link root; done";
+/// Neighbours that did not answer meanwhile are asked anew.
+const MEND: &str = "for link in eth0 eth1; do tc qdisc del dev $link root; done; ip neighbour flush all; \
+                    ip neighbour replace 10.77.0.2 dev eth0 use; ip neighbour replace 10.77.0.1 dev eth1 use";
 
 /// Dark for two seconds: where RDMA is the only way, that is the end of the session, and a new one is as good.
 #[test]
@@ -367,7 +369,16 @@ fn a_dark_link_ends_what_has_no_other_way() {
                 continue;
             }
             poll(&mut nodes, "the first landing", |seen| !seen[1].is_empty());
-            network(CUT);
+            // What is quiet has nothing to notice: so it writes on while the command starts.
+            let mut cutting = Command::new("sh").args(["-c", CUT]).spawn().unwrap();
+            let mut passed = Vec::new();
+            while cutting.try_wait().unwrap().is_none() {
+                submit(&mut nodes[0], READER, &source, window, n, &mut rng);
+                n += 1;
+                nodes.iter_mut().for_each(|node| node.poll(&mut passed));
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            submit(&mut nodes[0], READER, &source, window, n, &mut rng);
             let dark = Dark;
             let cut = Instant::now();
             let gone = |e: &Event| matches!(e, Event::Severed { .. });
