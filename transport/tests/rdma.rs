@@ -320,11 +320,6 @@ fn either_process_is_killed() {
     assert!(landed_in_all > ROUNDS, "only {landed_in_all} writes landed before the end");
 }
 
-fn network(command: &str) {
-    let done = Command::new("sh").args(["-c", command]).status().unwrap();
-    assert!(done.success(), "{command}");
-}
-
 /// Undone when a test ends, however it does.
 struct Dark;
 
