@@ -1,38 +1,41 @@
-//! Two nodes on the two devices of a virtual machine (`scripts/check rdma`): the path that they choose, and what
-//! becomes of writes when it fails.
+//! Two nodes on the two devices of a virtual machine (`scripts/check rdma`): the path that they choose, what becomes
+//! of writes when it fails, and that faults leave nothing behind.
 #![cfg(target_os = "linux")]
 
+use std::io::{BufRead, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
-use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, Transport, Tuning, Write};
+use tandem_transport::{
+    Event, FailReason, Identity, NetConfig, NetTransport, Path, Transport, Window, Write,
+};
 
 const WRITER: NodeId = NodeId(1);
 const READER: NodeId = NodeId(2);
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A node on each device of the virtual machine. None, said loudly, where there is none.
-fn nodes() -> Option<[NetTransport; 2]> {
-    let devices = ["RDMA_VM_DEV0", "RDMA_VM_DEV1"].map(std::env::var);
-    let [Ok(first), Ok(second)] = devices else {
-        println!("skipped: no RDMA device of a virtual machine (scripts/rdma-vm --hosts 2)");
+/// Who the nodes are, and the folder that says so. None, said loudly, without two devices of a virtual machine.
+fn identity() -> Option<(Identity, PathBuf)> {
+    if !std::env::var("RDMA_VM_HOSTS").is_ok_and(|hosts| hosts == "2") {
+        println!("skipped: no RDMA devices of a virtual machine (scripts/rdma-vm --hosts 2)");
         return None;
-    };
+    }
     let dir = std::env::temp_dir().join(format!("tandem-rdma-{}", std::process::id()));
-    let identity = Identity::load_or_create(&dir).unwrap();
-    Some([(WRITER, first), (READER, second)].map(|(id, device)| {
-        let config = NetConfig {
-            paths: vec![Path::Rdma, Path::Quic],
-            rdma_devices: vec![device],
-            // Soft-RoCE keeps the machine's cores busy while its link is down, and the session must outlive that.
-            tuning: Tuning { dead_after: Duration::from_secs(10), ..Tuning::default() },
-            repair: Duration::from_millis(200)..=Duration::from_millis(500),
-            ..NetConfig::default()
-        };
-        NetTransport::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &identity, id, config).unwrap()
-    }))
+    Some((Identity::load_or_create(&dir).unwrap(), dir))
+}
+
+fn node(identity: &Identity, id: NodeId, device: &str, change: impl FnOnce(&mut NetConfig)) -> NetTransport {
+    let mut config = NetConfig {
+        paths: vec![Path::Rdma, Path::Quic],
+        rdma_devices: vec![std::env::var(device).unwrap()],
+        ..NetConfig::default()
+    };
+    change(&mut config);
+    NetTransport::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, id, config).unwrap()
 }
 
 /// Polls both until `done` says so.
@@ -58,12 +61,8 @@ fn fill(memory: &HostRegion, seed: u8) {
     bytes.iter_mut().enumerate().for_each(|(at, byte)| *byte = (at % 253) as u8 ^ seed);
 }
 
-fn set_link(state: &str) {
-    assert!(Command::new("ip").args(["link", "set", "eth1", state]).status().unwrap().success());
-}
-
-/// Writes everything once, under way while `meanwhile` runs; each write lands once, with its bytes.
-fn transfer(nodes: &mut [NetTransport; 2], seed: u8, meanwhile: impl FnOnce()) {
+/// Some writes, of which each lands once, with its bytes.
+fn transfer(nodes: &mut [NetTransport; 2], seed: u8) {
     const LEN: usize = 1 << 20;
     const WRITES: usize = 8;
     let [source, target] = [0; 2].map(|_| HostRegion::map(LEN * WRITES).unwrap());
@@ -77,7 +76,6 @@ fn transfer(nodes: &mut [NetTransport; 2], seed: u8, meanwhile: impl FnOnce()) {
         let (ticket, immediate) = (write as u64, write as u32);
         nodes[0].submit(READER, Write { ticket, source, window: *window, offset: 0, immediate }).unwrap();
     }
-    meanwhile();
     let seen = poll(nodes, "all writes", |seen| seen.iter().all(|seen| seen.len() >= WRITES));
     for (node, events) in seen.iter().enumerate() {
         let mut names: Vec<u64> = events
@@ -98,10 +96,15 @@ fn transfer(nodes: &mut [NetTransport; 2], seed: u8, meanwhile: impl FnOnce()) {
     assert!(source == target, "bytes differ");
 }
 
-/// Comes before the other test by its name, and leaves the link up.
 #[test]
 fn a_link_that_comes_back_is_taken_again() {
-    let Some(mut nodes) = nodes() else { return };
+    let _alone = alone();
+    let Some((identity, _)) = identity() else { return };
+    let repairs = |config: &mut NetConfig| {
+        config.repair = Duration::from_millis(200)..=Duration::from_millis(500);
+    };
+    let mut nodes =
+        [node(&identity, WRITER, "RDMA_VM_DEV0", repairs), node(&identity, READER, "RDMA_VM_DEV1", repairs)];
     let address = nodes[1].local_addr();
     nodes[0].connect(READER, address);
     poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
@@ -117,11 +120,13 @@ fn a_link_that_comes_back_is_taken_again() {
         wait(&nodes, Path::Rdma);
         let by_rdma = |nodes: &[NetTransport; 2]| nodes[1].metrics().paths[Path::Rdma as usize].writes_landed;
         let before = by_rdma(&nodes);
-        transfer(&mut nodes, 2 * cycle, || {});
+        transfer(&mut nodes, 2 * cycle);
         assert_eq!(by_rdma(&nodes), before + 8, "cycle {cycle}");
-        transfer(&mut nodes, 2 * cycle + 1, || set_link("down"));
+        assert!(Command::new("sh").args(["-c", CUT]).status().unwrap().success());
+        let dark = Dark;
+        transfer(&mut nodes, 2 * cycle + 1);
         wait(&nodes, Path::Quic);
-        set_link("up");
+        drop(dark);
     }
     wait(&nodes, Path::Rdma);
 }
@@ -129,8 +134,11 @@ fn a_link_that_comes_back_is_taken_again() {
 #[test]
 fn a_link_that_is_cut_costs_no_write() {
     const LEN: usize = 1 << 20;
-    const WRITES: usize = 24;
-    let Some(mut nodes) = nodes() else { return };
+    const WRITES: usize = 48;
+    let _alone = alone();
+    let Some((identity, _)) = identity() else { return };
+    let mut nodes =
+        [node(&identity, WRITER, "RDMA_VM_DEV0", |_| {}), node(&identity, READER, "RDMA_VM_DEV1", |_| {})];
     let [source, target] = [0; 2].map(|_| HostRegion::map(LEN * WRITES).unwrap());
     fill(&source, 77);
     fill(&target, 0);
@@ -145,14 +153,18 @@ fn a_link_that_is_cut_costs_no_write() {
         let write = Write { ticket: write as u64, source, window, offset: 0, immediate: write as u32 };
         nodes[0].submit(READER, write).unwrap();
     }
+    // Its process takes as long to start as half of the writes take.
+    let mut cutting = Command::new("sh").args(["-c", CUT]).spawn().unwrap();
     let first = poll(&mut nodes, "the first landing", |seen| !seen[1].is_empty());
-    set_link("down");
+    assert!(cutting.wait().unwrap().success());
+    let dark = Dark;
     let cut = Instant::now();
     let over_rdma = nodes[1].metrics().paths[Path::Rdma as usize].writes_landed;
     let left = [0, 1].map(|node: usize| WRITES - first[node].len());
     let rest = poll(&mut nodes, "the rest", |seen| seen[0].len() >= left[0] && seen[1].len() >= left[1]);
     println!("{over_rdma} of {WRITES} writes landed over RDMA; all had, {:?} after the cut", cut.elapsed());
     assert_eq!(nodes[0].path(READER), Some(Path::Quic));
+    drop(dark);
     let [sent, landed] = [0, 1].map(|node: usize| {
         let mut all: Vec<u64> = first[node]
             .iter()
@@ -173,4 +185,387 @@ fn a_link_that_is_cut_costs_no_write() {
     let [source, target] =
         [&source, &target].map(|memory| unsafe { std::slice::from_raw_parts(memory.base(), memory.len()) });
     assert!(source == target, "bytes differ");
+}
+
+/// Faults take turns: they count what the process holds, and break the link.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What this process and the devices hold.
+fn held() -> String {
+    let shown = Command::new("rdma").args(["resource", "show"]).output().unwrap();
+    assert!(shown.status.success());
+    let files = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let memory = maps.lines().filter(|line| line.contains("memfd:tandem")).count();
+    format!("{files} files, {memory} mappings of regions\n{}", String::from_utf8_lossy(&shown.stdout))
+}
+
+/// Waits until what is held is what was held before.
+fn nothing_is_left_of(before: &str) {
+    let began = Instant::now();
+    while held() != before && began.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(held(), before);
+}
+
+fn random(state: &mut u64, below: usize) -> usize {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 33) as usize % below
+}
+
+const REGION: usize = 4 << 20;
+
+/// What every write brings to a place: so bytes there are these, or none.
+fn byte(at: usize) -> u8 {
+    ((at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8 | 1
+}
+
+#[expect(clippy::mut_from_ref, reason = "as below")]
+fn bytes(memory: &HostRegion) -> &mut [u8] {
+    // SAFETY: nothing is under way in this memory, or the test is to notice that something is.
+    unsafe { std::slice::from_raw_parts_mut(memory.base(), memory.len()) }
+}
+
+/// Submits a write of random size to its place in the peer's window. False when no more may wait.
+fn submit(
+    node: &mut NetTransport,
+    to: NodeId,
+    memory: &Arc<HostRegion>,
+    window: Window,
+    n: u64,
+    rng: &mut u64,
+) -> bool {
+    let len = 1 + random(rng, 300_000);
+    let at = random(rng, REGION - len);
+    let source = memory.extent(at..at + len).unwrap();
+    let write = Write { ticket: n, source, window, offset: at as u64, immediate: n as u32 };
+    node.submit(to, write).is_ok()
+}
+
+fn numbers(line: &str) -> Vec<u64> {
+    line.split_whitespace().filter_map(|word| word.parse().ok()).collect()
+}
+
+/// The other process of `either_process_is_killed`: writes as much as it can, until it is killed.
+#[test]
+#[ignore = "run by either_process_is_killed"]
+fn the_other_process() {
+    let Ok(dir) = std::env::var("TANDEM_TEST_IDENTITY") else { return };
+    let identity = Identity::load_or_create(std::path::Path::new(&dir)).unwrap();
+    let mut node = node(&identity, READER, "RDMA_VM_DEV1", |_| {});
+    let [source, target] = [0; 2].map(|_| HostRegion::map(REGION).unwrap());
+    bytes(&source).iter_mut().enumerate().for_each(|(at, to)| *to = byte(at));
+    let region = node.register(target).unwrap();
+    println!("listening {}", node.local_addr().port());
+    let mut events = Vec::new();
+    while events.is_empty() {
+        node.poll(&mut events);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(node.path(WRITER), Some(Path::Rdma));
+    let window = node.open_window(WRITER, region, 0..REGION).unwrap();
+    println!("window {} {} {} {}", window.region, window.key, window.offset, window.len);
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    let [region, key, offset, len] = numbers(&line)[..] else { panic!("{line}") };
+    let theirs = Window { region: region as u32, key, offset, len };
+    let (mut n, mut rng) = (0, 99);
+    loop {
+        while submit(&mut node, WRITER, &source, theirs, n, &mut rng) {
+            n += 1;
+        }
+        events.clear();
+        node.poll(&mut events);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Both processes write to each other; one is killed. The other one notices, and all is free again.
+#[test]
+fn either_process_is_killed() {
+    const ROUNDS: u64 = 6;
+    let _alone = alone();
+    let Some((identity, dir)) = identity() else { return };
+    let mut before = None;
+    let mut landed_in_all = 0;
+    for round in 0..ROUNDS {
+        let mut rng = round + 5;
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "the_other_process", "--ignored", "--nocapture", "--test-threads", "1"])
+            .env("TANDEM_TEST_IDENTITY", &dir)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let mut line = |what: &str| {
+            let line = lines.find_map(|line| Some(line.split_once(what)?.1.to_owned()));
+            numbers(&line.expect("the other process says so"))
+        };
+        let port = line("listening ")[0] as u16;
+        let mut node = node(&identity, WRITER, "RDMA_VM_DEV0", |_| {});
+        let [source, target] = [0; 2].map(|_| HostRegion::map(REGION).unwrap());
+        bytes(&source).iter_mut().enumerate().for_each(|(at, to)| *to = byte(at));
+        let region = node.register(target.clone()).unwrap();
+        node.connect(READER, SocketAddr::from((Ipv4Addr::LOCALHOST, port)));
+        let mut events = Vec::new();
+        let began = Instant::now();
+        while events.is_empty() {
+            node.poll(&mut events);
+            assert!(began.elapsed() < PATIENCE);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert_eq!(
+            (&events[..], node.path(READER)),
+            (&[Event::Connected { peer: READER }][..], Some(Path::Rdma))
+        );
+        let ours = node.open_window(READER, region, 0..REGION).unwrap();
+        let [region, key, offset, len] = line("window ")[..] else { panic!("a window has four numbers") };
+        let theirs = Window { region: region as u32, key, offset, len };
+        writeln!(child.stdin.as_mut().unwrap(), "{} {} {} {}", ours.region, ours.key, ours.offset, ours.len)
+            .unwrap();
+        // Both write; then the other one ends at any point of it.
+        let (began, alive_for) = (Instant::now(), Duration::from_millis(20 + random(&mut rng, 150) as u64));
+        let (mut n, mut landed) = (0, 0);
+        events.clear();
+        while began.elapsed() < alive_for {
+            while submit(&mut node, READER, &source, theirs, n, &mut rng) {
+                n += 1;
+            }
+            node.poll(&mut events);
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        child.kill().unwrap();
+        let killed = Instant::now();
+        let gone = |e: &Event| matches!(e, Event::Severed { peer: READER, .. });
+        while !events.iter().any(gone) {
+            node.poll(&mut events);
+            assert!(killed.elapsed() < Duration::from_secs(2), "round {round}: nobody noticed");
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        let noticed = killed.elapsed();
+        assert!(noticed < Duration::from_secs(1), "round {round}: noticed after {noticed:?}");
+        // Nothing lands from here on; what has, is right.
+        let seen = bytes(&target).to_vec();
+        let wrong = seen.iter().enumerate().find(|(at, seen)| **seen != 0 && **seen != byte(*at));
+        assert_eq!(wrong, None, "round {round}");
+        bytes(&target).fill(0);
+        let mut reported: Vec<u64> = Vec::new();
+        for event in &events {
+            match event {
+                Event::Sent { ticket, .. } | Event::Failed { ticket, reason: FailReason::Severed, .. } => {
+                    reported.push(*ticket);
+                }
+                Event::Landed { .. } => landed += 1,
+                Event::Severed { .. } => {}
+                other => panic!("round {round}: {other:?}"),
+            }
+        }
+        reported.sort_unstable();
+        assert_eq!(reported, (0..n).collect::<Vec<_>>(), "round {round}: each is reported once");
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(bytes(&target).iter().all(|byte| *byte == 0), "round {round}: bytes landed after the end");
+        let quic = &node.metrics().paths[Path::Quic as usize];
+        assert_eq!(quic.writes_landed, 0, "round {round}: the other one's writes went by RDMA");
+        let memory = [&source, &target].map(Arc::downgrade);
+        drop((node, source, target));
+        assert!(
+            memory.iter().all(|memory| memory.strong_count() == 0),
+            "round {round}: memory is still held"
+        );
+        child.wait().unwrap();
+        drop(child);
+        drop(lines);
+        landed_in_all += landed;
+        println!("round {round}: {n} submitted, {landed} landed here; noticed after {noticed:?}");
+        match &before {
+            None => before = Some(held()),
+            Some(before) => nothing_is_left_of(before),
+        }
+    }
+    assert!(landed_in_all > ROUNDS, "only {landed_in_all} writes landed before the end");
+}
+
+/// Undone when a test ends, however it does.
+struct Dark;
+
+impl Drop for Dark {
+    fn drop(&mut self) {
+        let _ = Command::new("sh").args(["-c", MEND]).status();
+    }
+}
+
+const CUT: &str = "for link in eth0 eth1; do tc qdisc add dev $link root netem loss 100%; done";
+/// Neighbours that did not answer meanwhile are asked anew.
+const MEND: &str = "for link in eth0 eth1; do tc qdisc del dev $link root; done; ip neighbour flush all; \
+                    ip neighbour replace 10.77.0.2 dev eth0 use; ip neighbour replace 10.77.0.1 dev eth1 use";
+
+/// Dark for two seconds: where RDMA is the only way, that is the end of the session, and a new one is as good.
+#[test]
+fn a_dark_link_ends_what_has_no_other_way() {
+    let _alone = alone();
+    let Some((identity, _)) = identity() else { return };
+    let mut before = None;
+    for round in 0..2 {
+        let only = |config: &mut NetConfig| config.paths = vec![Path::Rdma];
+        let mut nodes =
+            [node(&identity, WRITER, "RDMA_VM_DEV0", only), node(&identity, READER, "RDMA_VM_DEV1", only)];
+        let [source, target] = [0; 2].map(|_| HostRegion::map(REGION).unwrap());
+        bytes(&source).iter_mut().enumerate().for_each(|(at, to)| *to = byte(at));
+        let region = nodes[1].register(target.clone()).unwrap();
+        let address = nodes[1].local_addr();
+        let mut rng = round;
+        for life in 0..2 {
+            nodes[0].connect(READER, address);
+            poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
+            assert_eq!(nodes[0].path(READER), Some(Path::Rdma));
+            let window = nodes[1].open_window(WRITER, region, 0..REGION).unwrap();
+            let mut n = 0;
+            while n < 100 && submit(&mut nodes[0], READER, &source, window, n, &mut rng) {
+                n += 1;
+            }
+            if life == 1 {
+                let sent = |e: &Event| matches!(e, Event::Sent { .. });
+                poll(&mut nodes, "Sent", |seen| seen[0].iter().filter(|e| sent(e)).count() as u64 == n);
+                continue;
+            }
+            poll(&mut nodes, "the first landing", |seen| !seen[1].is_empty());
+            // What is quiet has nothing to notice: so it writes on while the command starts.
+            let mut cutting = Command::new("sh").args(["-c", CUT]).spawn().unwrap();
+            let mut passed = Vec::new();
+            while cutting.try_wait().unwrap().is_none() {
+                submit(&mut nodes[0], READER, &source, window, n, &mut rng);
+                n += 1;
+                nodes.iter_mut().for_each(|node| node.poll(&mut passed));
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            submit(&mut nodes[0], READER, &source, window, n, &mut rng);
+            let dark = Dark;
+            let cut = Instant::now();
+            let gone = |e: &Event| matches!(e, Event::Severed { .. });
+            poll(&mut nodes, "Severed", |seen| seen.iter().all(|seen| seen.iter().any(gone)));
+            let noticed = cut.elapsed();
+            println!("round {round}: noticed after {noticed:?}");
+            assert!(noticed < Duration::from_secs(1), "noticed after {noticed:?}");
+            let wrong =
+                bytes(&target).iter().enumerate().find(|(at, seen)| **seen != 0 && **seen != byte(*at));
+            assert_eq!(wrong, None);
+            bytes(&target).fill(0);
+            std::thread::sleep(Duration::from_secs(2).saturating_sub(cut.elapsed()));
+            drop(dark);
+            std::thread::sleep(Duration::from_millis(50));
+            assert!(bytes(&target).iter().all(|byte| *byte == 0), "bytes landed after the end");
+        }
+        drop(nodes);
+        drop((source, target));
+        match &before {
+            None => before = Some(held()),
+            Some(before) => nothing_is_left_of(before),
+        }
+    }
+}
+
+/// A node loop that takes in nothing holds its peer up, and loses nothing.
+#[test]
+fn a_receiver_that_is_full_takes_the_rest_later() {
+    const WRITES: u64 = 200;
+    const EVENTS: usize = 8;
+    let _alone = alone();
+    let Some((identity, _)) = identity() else { return };
+    let mut nodes = [
+        node(&identity, WRITER, "RDMA_VM_DEV0", |_| {}),
+        node(&identity, READER, "RDMA_VM_DEV1", |config| config.event_limit = EVENTS),
+    ];
+    let [source, target] = [0; 2].map(|_| HostRegion::map(REGION).unwrap());
+    bytes(&source).iter_mut().enumerate().for_each(|(at, to)| *to = byte(at));
+    let region = nodes[1].register(target.clone()).unwrap();
+    let address = nodes[1].local_addr();
+    nodes[0].connect(READER, address);
+    poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
+    let window = nodes[1].open_window(WRITER, region, 0..REGION).unwrap();
+    let mut rng = 3;
+    for n in 0..WRITES {
+        assert!(submit(&mut nodes[0], READER, &source, window, n, &mut rng));
+    }
+    // Longer than any deadline of a lane: being full is no fault.
+    std::thread::sleep(Duration::from_millis(1500));
+    let mut seen = Vec::new();
+    nodes[1].poll(&mut seen);
+    assert!(seen.len() <= EVENTS, "{} events were queued", seen.len());
+    let more = WRITES as usize - seen.len();
+    poll(&mut nodes, "the rest", |seen| seen[0].len() as u64 == WRITES && seen[1].len() == more);
+    let wrong = bytes(&target).iter().enumerate().find(|(at, seen)| **seen != 0 && **seen != byte(*at));
+    assert_eq!(wrong, None);
+    for node in &nodes {
+        let paths = node.metrics().paths;
+        assert_eq!(paths[Path::Quic as usize].writes_landed + paths[Path::Rdma as usize].failed, 0);
+    }
+}
+
+/// Windows that close under their writes: nothing lands afterwards, and other windows get everything.
+#[test]
+fn a_window_closes_under_its_writes() {
+    let _alone = alone();
+    let Some((identity, _)) = identity() else { return };
+    let (mut before, mut under_way) = (None, 0);
+    for round in 0..12 {
+        let mut nodes = [
+            node(&identity, WRITER, "RDMA_VM_DEV0", |_| {}),
+            node(&identity, READER, "RDMA_VM_DEV1", |_| {}),
+        ];
+        let targets = [0; 2].map(|_| HostRegion::map(REGION).unwrap());
+        let source = HostRegion::map(REGION).unwrap();
+        bytes(&source).iter_mut().enumerate().for_each(|(at, to)| *to = byte(at));
+        let regions = [0, 1].map(|at: usize| nodes[1].register(targets[at].clone()).unwrap());
+        let address = nodes[1].local_addr();
+        nodes[0].connect(READER, address);
+        poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
+        assert_eq!(nodes[0].path(READER), Some(Path::Rdma));
+        let windows = regions.map(|region| nodes[1].open_window(WRITER, region, 0..REGION).unwrap());
+        let mut rng = round + 1;
+        for n in 0..40u64 {
+            assert!(submit(&mut nodes[0], READER, &source, windows[n as usize % 2], n, &mut rng));
+        }
+        let (began, open_for) = (Instant::now(), Duration::from_micros(random(&mut rng, 30_000) as u64));
+        while began.elapsed() < open_for {
+            std::thread::yield_now();
+        }
+        nodes[1].close_window(windows[0]);
+        bytes(&targets[0]).fill(0);
+        let ended = |seen: &[Event]| {
+            let ends = |e: &&Event| matches!(e, Event::Sent { .. } | Event::Failed { .. });
+            seen.iter().filter(ends).count()
+        };
+        let seen = poll(&mut nodes, "every end", |seen| ended(&seen[0]) == 40);
+        assert!(began.elapsed() < open_for + Duration::from_secs(2), "took {:?}", began.elapsed());
+        let refused = seen[0].iter().filter_map(|event| match event {
+            Event::Failed { ticket, reason: FailReason::Refused, .. } => Some(*ticket),
+            Event::Failed { .. } => panic!("round {round}: {event:?}"),
+            _ => None,
+        });
+        let refused: Vec<u64> = refused.collect();
+        assert!(
+            refused.iter().all(|ticket| ticket % 2 == 0),
+            "round {round}: of the open window: {refused:?}"
+        );
+        under_way += refused.len();
+        assert!(
+            bytes(&targets[0]).iter().all(|byte| *byte == 0),
+            "round {round}: bytes landed after closing"
+        );
+        let wrong =
+            bytes(&targets[1]).iter().enumerate().find(|(at, seen)| **seen != 0 && **seen != byte(*at));
+        assert_eq!(wrong, None, "round {round}");
+        drop(nodes);
+        drop((source, targets));
+        match &before {
+            None => before = Some(held()),
+            Some(before) => nothing_is_left_of(before),
+        }
+    }
+    assert!(under_way > 12, "only {under_way} writes were under way when their window closed");
 }

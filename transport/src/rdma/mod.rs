@@ -59,7 +59,7 @@ impl Default for RdmaConfig {
 
 /// The devices of this host, with the ports that can be used.
 pub(crate) struct Rdma {
-    /// Each with one port at least. Those whose memory is near come first.
+    /// Each with one port at least. Those near the cores that this process may run on come first.
     adapters: Vec<Arc<Adapter>>,
     /// Whether all have memory windows, and they are to be used.
     memory_windows: bool,
@@ -89,6 +89,7 @@ impl Rdma {
                 device,
                 ports,
                 numa_node = adapter.device.numa_node,
+                near = adapter.device.near,
                 memory_windows,
                 "RDMA device found"
             );
@@ -100,8 +101,12 @@ impl Rdma {
             let name = config.devices.first().map_or("any", String::as_str);
             return Err(VerbsError::NoDevice(format!("{name} with an active port")));
         }
-        // The order is the same on equal hosts, so that equal ports are wired to each other.
-        adapters.sort_by_key(|adapter| (adapter.device.numa_node, adapter.device.name().to_owned()));
+        // Near ones first, else in an order that is the same on equal hosts, so that equal ports are wired to each
+        // other.
+        adapters.sort_by_key(|adapter| {
+            let device = &adapter.device;
+            (!device.near, device.numa_node, device.name().to_owned())
+        });
         Ok(Rdma { adapters, memory_windows, config })
     }
 

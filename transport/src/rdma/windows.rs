@@ -265,11 +265,12 @@ impl Keeper for Lane {
             // else would keep them out.
             drop(grants);
             false
-        } else if self.memory_windows {
-            if self.fault().is_some() {
-                return;
-            }
+        } else if self.memory_windows && self.fault().is_none() {
             self.invalidate(grants, grant)
+        } else if self.memory_windows {
+            // Whoever stops the lane may be in the midst of it: stopping it here too waits for that.
+            drop(grants);
+            false
         } else {
             true
         };

@@ -151,7 +151,8 @@ fn queues_full_of_nonsense_end_their_lane_alone() {
         ("position cannot be", |joined| ring::scribble(&joined.memory, ring::JOBS_HEAD, 1 << 20)),
         ("position cannot be", |joined| ring::scribble(&joined.memory, ring::JOBS_HEAD, u64::MAX)),
         ("position cannot be", |joined| ring::scribble(&joined.memory, ring::ACKS_HEAD, 1 << 63)),
-        ("cannot be read", |joined| joined.ends.jobs_out.push(&[u64::MAX; ring::JOB_WORDS])),
+        // Every number has a meaning: this repeats a write for which all lanes are said to have failed.
+        ("failed at the peer", |joined| joined.ends.jobs_out.push(&[u64::MAX; ring::JOB_WORDS])),
         ("never given", |joined| {
             let announced = Announced { header: header(joined.own, 100), region: 5, at: 0 };
             joined.ends.jobs_out.push(&announced.encode());

@@ -14,5 +14,7 @@ contract!(shm, crate::net::Shm);
 contract!(tls, crate::net::Tls);
 contract!(tls_many, crate::net::TlsMany);
 #[cfg(feature = "rdma")]
-contract!(rdma, crate::net::Rdma);
+contract!(rdma_one_device, crate::net::RdmaOne);
+#[cfg(feature = "rdma")]
+contract!(rdma_two_devices, crate::net::RdmaTwo);
 contract!(best, crate::net::Best);

@@ -15,11 +15,23 @@ pub(crate) type Shm = Loopback<ShmAlone>;
 pub(crate) type Tls = Loopback<TlsAlone>;
 pub(crate) type TlsMany = Loopback<TlsThenQuic>;
 #[cfg(feature = "rdma")]
-pub(crate) type Rdma = Loopback<RdmaFirst>;
+pub(crate) type RdmaOne = Loopback<RdmaFirst<1>>;
+#[cfg(feature = "rdma")]
+pub(crate) type RdmaTwo = Loopback<RdmaFirst<2>>;
 pub(crate) type Best = Loopback<Defaults>;
 
 pub(crate) trait Shape {
     fn config() -> NetConfig;
+
+    /// The path that all writes must take, until it fails.
+    fn must_take() -> Option<Path> {
+        None
+    }
+
+    /// What differs between nodes.
+    fn of_node(_node: usize, config: NetConfig) -> NetConfig {
+        config
+    }
 }
 
 /// Whatever path is best here.
@@ -58,13 +70,23 @@ impl Shape for TlsThenQuic {
     }
 }
 
-/// With QUIC behind it: a lane breaks by design when a window closes under a write. Without a device, this is QUIC.
+/// With QUIC behind it: a lane breaks by design when a window closes under a write. Nodes have one device, the same
+/// or by turns two. Without one, this is QUIC.
 #[cfg(feature = "rdma")]
-pub(crate) struct RdmaFirst;
+pub(crate) struct RdmaFirst<const DEVICES: usize>;
 #[cfg(feature = "rdma")]
-impl Shape for RdmaFirst {
+impl<const DEVICES: usize> Shape for RdmaFirst<DEVICES> {
     fn config() -> NetConfig {
         NetConfig { paths: vec![Path::Rdma, Path::Quic], ..NetConfig::default() }
+    }
+
+    fn must_take() -> Option<Path> {
+        std::env::var_os("RDMA_VM").map(|_| Path::Rdma)
+    }
+
+    fn of_node(node: usize, config: NetConfig) -> NetConfig {
+        let device = std::env::var(format!("RDMA_VM_DEV{}", node % DEVICES));
+        NetConfig { rdma_devices: device.into_iter().collect(), ..config }
     }
 }
 
@@ -85,7 +107,7 @@ impl Shape for Ethernet {
     }
 }
 
-pub(crate) struct Loopback<S> {
+pub(crate) struct Loopback<S: Shape> {
     nodes: Vec<Option<NetTransport>>,
     addresses: Vec<SocketAddr>,
     shape: PhantomData<S>,
@@ -105,6 +127,7 @@ impl<S: Shape> Cluster for Loopback<S> {
                     connect_timeout: Duration::from_millis(1500),
                     ..S::config()
                 };
+                let config = S::of_node(node as usize, config);
                 let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 Some(
                     NetTransport::bind(addr, &identity, NodeId(node + 1), config)
@@ -129,11 +152,36 @@ impl<S: Shape> Cluster for Loopback<S> {
     }
 
     fn kill(&mut self, node: usize) {
+        self.check_path(node);
         self.nodes[node].take().expect("the node lives").vanish();
     }
 
     fn wait(&mut self) {
         // Only tests wait like this: they watch several nodes at once, and time between them.
         std::thread::sleep(Duration::from_micros(300));
+    }
+}
+
+impl<S: Shape> Loopback<S> {
+    /// What went another way than it must, went there because that had failed.
+    fn check_path(&self, node: usize) {
+        let (Some(must), Some(transport)) = (S::must_take(), &self.nodes[node]) else { return };
+        let paths = transport.metrics().paths;
+        let carried = |path: Path| paths[path as usize].writes_sent + paths[path as usize].writes_landed;
+        let others: u64 = Path::ALL.into_iter().filter(|path| *path != must).map(carried).sum();
+        let failed = paths[must as usize].failed;
+        println!(
+            "node {node}: {} writes over {must}, which failed {failed} times; {others} over others",
+            carried(must)
+        );
+        assert!(others == 0 || failed > 0, "node {node}: {others} writes did not go over {must}");
+    }
+}
+
+impl<S: Shape> Drop for Loopback<S> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            (0..self.nodes.len()).for_each(|node| self.check_path(node));
+        }
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Device {
     pub(crate) memory_windows: bool,
     /// The node of memory and cores that it is attached to, where that is known.
     pub(crate) numa_node: Option<u32>,
+    /// Whether this process may run on a core of that node: false where it is bound to others.
+    pub(crate) near: bool,
 }
 
 // SAFETY: libibverbs promises that its calls may be made from any thread, and the pointers are freed once, in drop.
@@ -123,9 +125,10 @@ impl Device {
             max_completions: 0,
             max_work: 0,
             memory_windows: false,
-            numa_node: fs::read_to_string(format!("/sys/class/infiniband/{name}/device/numa_node"))
-                .ok()
-                .and_then(|node| node.trim().parse().ok()),
+            numa_node: described(name, "numa_node").and_then(|node| node.trim().parse().ok()),
+            near: described(name, "local_cpulist")
+                .zip(allowed_cores())
+                .is_none_or(|(local, allowed)| overlap(&local, &allowed)),
         };
         let mut attributes = MaybeUninit::<ffi::ibv_device_attr>::zeroed();
         // SAFETY: the context is open and the pointer is to the structure that the call fills.
@@ -268,6 +271,30 @@ impl Device {
     }
 }
 
+/// What the system says of a device.
+fn described(name: &str, what: &str) -> Option<String> {
+    fs::read_to_string(format!("/sys/class/infiniband/{name}/device/{what}")).ok()
+}
+
+/// The cores that this process may run on, as the system lists them.
+fn allowed_cores() -> Option<String> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).map(str::to_owned)
+}
+
+/// Whether two lists such as `0-3,8` have a core in common; of one that says nothing, all.
+fn overlap(a: &str, b: &str) -> bool {
+    let ranges = |list: &str| -> Vec<(u32, u32)> {
+        let range = |range: &str| {
+            let (first, last) = range.split_once('-').unwrap_or((range, range));
+            Some((first.trim().parse().ok()?, last.trim().parse().ok()?))
+        };
+        list.split(',').filter_map(range).collect()
+    };
+    let (a, b) = (ranges(a), ranges(b));
+    a.is_empty() || b.is_empty() || a.iter().any(|a| b.iter().any(|b| a.0 <= b.1 && b.0 <= a.1))
+}
+
 impl Drop for Device {
     fn drop(&mut self) {
         // SAFETY: everything made on the device holds an Arc of it, so nothing is left in the domain, and no
@@ -309,6 +336,18 @@ impl Gid {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn near_devices_share_a_core_with_the_process() {
+        let check = |a: &str, b: &str, expected: bool| {
+            assert_eq!((overlap(a, b), overlap(b, a)), (expected, expected), "{a:?} {b:?}");
+        };
+        check("0-15,32-47\n", "\t0-63", true);
+        check("0-15,32-47\n", "\t16-31,48-63", false);
+        check("0-15,32-47\n", "\t47", true);
+        check("3\n", "\t2,4", false);
+        check("\n", "\t2", true);
+    }
 
     #[test]
     fn addresses_that_lead_nowhere_are_not_taken() {

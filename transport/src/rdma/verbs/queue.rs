@@ -355,6 +355,12 @@ impl QueuePair {
         }
     }
 
+    /// Whether it was not stopped.
+    #[cfg(test)]
+    pub(crate) fn is_live(&self) -> bool {
+        *self.live()
+    }
+
     /// Makes the queue pair fail as it would by itself: the work on it, here and at the peer, ends in errors.
     #[cfg(test)]
     pub(crate) fn fail(&self) {
