@@ -1,13 +1,15 @@
 //! A UDP socket with QUIC on it, tuned for the paths between nodes. Both planes use it.
 
 use crate::congestion::{BbrFactory, Congestion};
+use crate::handshake::CloseCode;
 use crate::identity::{Identity, SERVER_NAME};
 use quinn::congestion::CubicConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
-    AckFrequencyConfig, AsyncUdpSocket, ClientConfig, Connecting, Endpoint, EndpointConfig, IdleTimeout,
-    Incoming, MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime, TransportConfig, UdpPoller, VarInt,
+    AckFrequencyConfig, AsyncUdpSocket, ClientConfig, Connecting, Connection, Endpoint, EndpointConfig,
+    IdleTimeout, Incoming, MtuDiscoveryConfig, Runtime, ServerConfig, TokioRuntime, TransportConfig,
+    UdpPoller, VarInt,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io::{self, IoSliceMut};
@@ -112,6 +114,37 @@ pub(crate) struct Bound {
     server: ServerConfig,
     local: Arc<TransportConfig>,
     remote: Arc<TransportConfig>,
+    pub(crate) silence: Silence,
+}
+
+/// How long a peer may say nothing.
+///
+/// QUIC has a clock for that too, but bears three of its probe timeouts at least: those double with each probe that is
+/// not answered, and follow a round trip that a full receiver makes long. Here so many looks at what has come in show
+/// nothing new. Looks are counted, not time: a thread that had no core has not looked, and what came meanwhile waits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Silence {
+    look_every: Duration,
+    looks: u32,
+}
+
+impl Silence {
+    /// Waits until the connection is over, for whatever reason, and returns it.
+    pub(crate) async fn until_ended(self, connection: &Connection) -> String {
+        let mut seen = connection.stats().udp_rx.datagrams;
+        let mut silent = 0;
+        while silent < self.looks {
+            tokio::select! {
+                reason = connection.closed() => return reason.to_string(),
+                () = tokio::time::sleep(self.look_every) => {}
+            }
+            let datagrams = connection.stats().udp_rx.datagrams;
+            silent = if datagrams == seen { silent + 1 } else { 0 };
+            seen = datagrams;
+        }
+        connection.close(CloseCode::Goodbye.into(), b"silent");
+        format!("silent for {:?}", self.look_every * self.looks)
+    }
 }
 
 /// Bytes under way on one connection, at most, however long its round trip: those of 130 ms at the default rate.
@@ -147,6 +180,13 @@ impl Tuning {
             });
         }
         Ok(())
+    }
+
+    pub(crate) fn silence(&self) -> Silence {
+        // A look later than the last packet at worst.
+        let look_every = self.keep_alive / 2;
+        let looks = self.dead_after.as_nanos() / look_every.as_nanos().max(1);
+        Silence { look_every, looks: u32::try_from(looks).unwrap_or(u32::MAX).saturating_sub(1).max(1) }
     }
 
     fn transport(&self, streams: Streams, local: bool) -> TransportConfig {
@@ -247,7 +287,7 @@ impl Bound {
         let endpoint =
             Endpoint::new_with_abstract_socket(config, Some(server.clone()), socket, Arc::new(TokioRuntime))
                 .map_err(bind)?;
-        Ok(Bound { endpoint, tls: client, server, local, remote })
+        Ok(Bound { endpoint, tls: client, server, local, remote, silence: tuning.silence() })
     }
 
     pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {

@@ -541,7 +541,7 @@ impl Shared {
                 goodbye.close(CloseCode::Goodbye.into(), b"stopped");
             }
         });
-        let reason = connection.closed().await.to_string();
+        let reason = self.bound.silence.until_ended(&connection).await;
         finishing.abort();
         self.ended(node, life);
         // What has arrived is still handed over.

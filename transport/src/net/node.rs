@@ -1181,8 +1181,9 @@ impl Node {
             return false;
         }
         let (node, watched) = (Arc::clone(self), Arc::clone(life));
+        let silence = self.config.tuning.silence();
         runtime.spawn(async move {
-            let reason = connection.closed().await.to_string();
+            let reason = silence.until_ended(&connection).await;
             node.end(&mut lock(&node.peers), &watched, SeverReason::Lost(reason));
         });
         true
