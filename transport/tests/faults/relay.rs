@@ -23,6 +23,8 @@ pub(crate) struct Weather {
     pub(crate) replayed: AtomicU64,
     /// Bytes of UDP a second in each direction, if not 0. What waits fills a socket's buffer, which then drops.
     pub(crate) rate: AtomicU64,
+    /// TCP connections that came.
+    pub(crate) connections: AtomicU64,
     /// Draws so far: what chance depends on.
     pub(crate) seed: AtomicU64,
 }
@@ -172,6 +174,7 @@ fn streams(
         if stop.load(Ordering::Relaxed) {
             return;
         }
+        weather.connections.fetch_add(1, Ordering::Relaxed);
         let Ok(to) = TcpStream::connect(target) else { continue };
         for (source, sink) in [(&from, &to), (&to, &from)] {
             let (source, sink) = (source.try_clone().unwrap(), sink.try_clone().unwrap());
