@@ -185,6 +185,19 @@ impl Victim {
         let took = begun.elapsed();
         assert!(took < Duration::from_secs(5), "stopping took {took:?}");
     }
+
+    /// Whether it stops although somebody keeps on, who is told to `give_up` then.
+    pub(crate) fn stops_within(self, within: Duration, give_up: impl FnOnce()) -> bool {
+        let stopping = std::thread::spawn(move || self.stop());
+        let begun = Instant::now();
+        while !stopping.is_finished() && begun.elapsed() < within {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let in_time = stopping.is_finished();
+        give_up();
+        stopping.join().unwrap();
+        in_time
+    }
 }
 
 /// A member of the cluster that speaks QUIC as it likes.

@@ -269,22 +269,10 @@ fn announcements_without_end_keep_no_lane_alive() {
         victim.check_unharmed();
         victim.transport.sever(HOSTILE);
         victim.until_severed();
-        let stopped = Arc::new(AtomicBool::new(false));
-        let stopping = {
-            let stopped = Arc::clone(&stopped);
-            thread::spawn(move || {
-                victim.stop();
-                stopped.store(true, Ordering::Relaxed);
-            })
-        };
-        let begun = Instant::now();
-        while !stopped.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(5) {
-            thread::sleep(Duration::from_millis(1));
-        }
-        let in_time = stopped.load(Ordering::Relaxed);
-        done.store(true, Ordering::Relaxed);
-        writer.join().unwrap();
-        stopping.join().unwrap();
+        let in_time = victim.stops_within(Duration::from_secs(5), || {
+            done.store(true, Ordering::Relaxed);
+            writer.join().unwrap();
+        });
         assert!(in_time, "the lane's thread went on as long as the peer wrote");
     }
 }
