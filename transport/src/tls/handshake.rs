@@ -283,7 +283,7 @@ pub(super) fn alert(content: &[u8]) -> TlsError {
 mod tests {
     use super::*;
     use crate::tls::frame::Frame;
-    use crate::tls::incoming::{Arrival, Incoming};
+    use crate::tls::incoming::Incoming;
     use crate::tls::outgoing::Outgoing;
     use rcgen::{
         BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair,
@@ -390,8 +390,7 @@ mod tests {
         let dialled = dialled.and_then(|secured| {
             secured.socket.set_read_timeout(Some(WITHIN))?;
             let mut incoming = Incoming::new(secured.opener);
-            incoming.wait(&secured.socket)?;
-            incoming.open().map(|_| ())
+            incoming.hear(&secured.socket).map(|_| ())
         });
         let dialled = dialled.unwrap_err().to_string();
         assert!(dialled.contains(dialler_says), "the dialler says: {dialled}");
@@ -464,11 +463,9 @@ mod tests {
             for (socket, mut outgoing, mut incoming) in ends {
                 scope.spawn(move || {
                     for expected in 0..1000 {
-                        outgoing.put_frame(&Frame::Stop(expected)).unwrap();
-                        outgoing.send(&socket).unwrap();
+                        outgoing.say(&socket, &Frame::Stop(expected)).unwrap();
                         loop {
-                            assert_ne!(incoming.wait(&socket).unwrap(), Arrival::Nothing);
-                            if let Some(content) = incoming.open().unwrap() {
+                            if let Some(content) = incoming.hear(&socket).unwrap() {
                                 assert_eq!(Frame::decode(content), Some(Frame::Stop(expected)));
                                 break;
                             }

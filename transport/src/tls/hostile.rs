@@ -2,8 +2,8 @@
 
 use super::frame::{Frame, Hello, MAX_TAIL, acks, body_of};
 use super::handshake::{Deadline, Tls};
-use super::incoming::Arrival;
 use super::join::{Joined, say};
+use super::outgoing::Outgoing;
 use super::record::MAX_CONTENT;
 use crate::hostile::{HOSTILE, Hostile, Log, Session, Victim, not_granted};
 use crate::net::header::{Ack, Header};
@@ -56,17 +56,22 @@ fn join(victim: &mut Victim) -> Lane {
 impl Lane {
     fn say(&mut self, frames: &[Frame<'_>]) {
         for frame in frames {
-            self.joined.outgoing.put_frame(frame).unwrap();
+            let Outgoing { sealing, batch } = &mut self.joined.outgoing;
+            sealing.put_frame(batch, frame).unwrap();
         }
-        let _ = self.joined.outgoing.send(&self.joined.socket);
+        let _ = self.joined.outgoing.batch.send(&self.joined.socket);
+    }
+
+    fn put(&mut self, content: &[u8]) {
+        let Outgoing { sealing, batch } = &mut self.joined.outgoing;
+        sealing.put(batch, content).unwrap();
     }
 
     /// Waits for the next fate of a write.
     fn fate(&mut self) -> Ack {
         self.joined.socket.set_read_timeout(Some(WITHIN)).unwrap();
         loop {
-            assert!(matches!(self.joined.incoming.wait(&self.joined.socket).unwrap(), Arrival::Record(_)));
-            let content = self.joined.incoming.open().unwrap().unwrap();
+            let content = self.joined.incoming.hear(&self.joined.socket).unwrap().unwrap();
             if let Some(Frame::Acks(encoded)) = Frame::decode(content) {
                 return acks(encoded).next().unwrap().unwrap();
             }
@@ -106,11 +111,11 @@ fn records_that_break_a_rule_end_their_lane_alone() {
     type Breaks = fn(&mut Lane);
     let cases: [(&str, Breaks); 12] = [
         ("a frame that is none", |lane| {
-            lane.joined.outgoing.put(&[99, 1, 2]).unwrap();
+            lane.put(&[99, 1, 2]);
             lane.say(&[]);
         }),
         ("a frame that is none", |lane| {
-            lane.joined.outgoing.put(&[]).unwrap();
+            lane.put(&[]);
             lane.say(&[]);
         }),
         ("introduced itself again", |lane| lane.say(&[Frame::Welcome])),
@@ -124,7 +129,7 @@ fn records_that_break_a_rule_end_their_lane_alone() {
         }),
         ("another length than is due", |lane| {
             lane.say(&[write(header(lane.own, 50_000))]);
-            lane.joined.outgoing.put(&[9; 5000]).unwrap();
+            lane.put(&[9; 5000]);
             lane.say(&[]);
         }),
         ("cut a write short that was wanted", |lane| {
@@ -192,11 +197,12 @@ fn records_without_end_keep_no_lane_alive() {
                 let mut records = lane;
                 while !done.load(Ordering::Relaxed) {
                     if keys {
-                        records.joined.outgoing.change_keys().unwrap();
+                        let Outgoing { sealing, batch } = &mut records.joined.outgoing;
+                        sealing.change_keys(batch).unwrap();
                     } else {
-                        records.joined.outgoing.put(&[9; MAX_CONTENT]).unwrap();
+                        records.put(&[9; MAX_CONTENT]);
                     }
-                    if records.joined.outgoing.send(&socket).is_err() {
+                    if records.joined.outgoing.batch.send(&socket).is_err() {
                         return;
                     }
                 }

@@ -3,7 +3,7 @@
 
 use super::frame::{Frame, Hello};
 use super::handshake::{Deadline, Secured, Tls};
-use super::incoming::{Arrival, Incoming};
+use super::incoming::Incoming;
 use super::lane::TlsLane;
 use super::outgoing::Outgoing;
 use super::{MAX_CONNECTIONS, TlsError};
@@ -71,10 +71,7 @@ impl Joined {
     ) -> Result<T, TlsError> {
         loop {
             self.socket.set_read_timeout(Some(deadline.left("waiting for the peer's introduction")?))?;
-            if self.incoming.wait(&self.socket)? == Arrival::Nothing {
-                continue;
-            }
-            if let Some(content) = self.incoming.open()? {
+            if let Some(content) = self.incoming.hear(&self.socket)? {
                 let frame = Frame::decode(content).and_then(take);
                 return frame.ok_or(TlsError::Rule("its first words are not those of this protocol"));
             }
@@ -89,8 +86,7 @@ pub(super) fn say(
     deadline: Deadline,
 ) -> Result<(), TlsError> {
     socket.set_write_timeout(Some(deadline.left("introducing this node")?))?;
-    outgoing.put_frame(frame)?;
-    outgoing.send(socket)
+    outgoing.say(socket, frame)
 }
 
 /// Adds one connection to a life that was dialled here. Takes half the time that connecting may, so that there

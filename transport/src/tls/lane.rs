@@ -1,12 +1,12 @@
 //! The lane as its threads and the life see it.
 
 use super::TlsError;
-use super::frame::{MAX_ACKS, MAX_TAIL};
+use super::frame::{Frame, MAX_ACKS};
 use super::incoming::Incoming;
 use super::join::Joined;
 use super::outgoing::Outgoing;
-use super::receive::Receiver;
-use super::send::send;
+use super::receive::{At, Receiver};
+use super::send::Sender;
 use crate::net::header::{ACK_BYTES, Ack};
 use crate::net::lane::{Job, Lane, LaneId, Path};
 use crate::net::life::Life;
@@ -57,16 +57,18 @@ struct Queue {
     closed: bool,
 }
 
-/// What the reading thread has the writing one say.
+/// What the reading threads have the writing ones say.
 #[derive(Default)]
 pub(super) struct Answers {
     /// Encoded.
-    pub(super) acks: Vec<u8>,
+    acks: Vec<u8>,
+    /// Bytes of them that have been said.
+    said: usize,
     /// Writes of the peer's of which no more is wanted.
-    pub(super) stops: Vec<u64>,
+    stops: VecDeque<u64>,
 }
 
-/// What the writing thread is to do next.
+/// What a writing thread is to do next.
 pub(super) enum Work {
     Closed,
     /// Nothing for now.
@@ -74,8 +76,8 @@ pub(super) enum Work {
     Do(Answers, Option<Job>),
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each of these guards single operations.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each of these guards single operations, or a turn that knows whether it broke.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -116,13 +118,13 @@ impl TlsLane {
     }
 
     fn run(
-        self: Arc<Self>,
+        self: &Arc<Self>,
         name: &str,
         node: &Arc<Node>,
         life: &Arc<Life>,
         work: impl FnOnce(&TlsLane, &Arc<Node>, &Arc<Life>) -> Result<(), TlsError> + Send + 'static,
     ) {
-        let (lane, own, life_of_thread) = (Arc::clone(&self), Arc::clone(node), Arc::clone(life));
+        let (lane, own, life_of_thread) = (Arc::clone(self), Arc::clone(node), Arc::clone(life));
         let spawned = node.spawn(format!("{name}-{}", life.peer), move || {
             let outcome = work(&lane, &own, &life_of_thread);
             if let Err(error) = outcome
@@ -132,7 +134,7 @@ impl TlsLane {
             }
         });
         if let Err(error) = spawned {
-            node.lane_failed(life, &*self, &format!("no thread for it: {error}"));
+            node.lane_failed(life, &**self, &format!("no thread for it: {error}"));
         }
     }
 
@@ -196,7 +198,7 @@ impl TlsLane {
 
     /// Tells the peer that the rest of its write is not wanted. As [`TlsLane::acknowledge`].
     pub(super) fn stop(&self, sequence: u64) -> Result<(), TlsError> {
-        self.answer(|answers| answers.stops.push(sequence))
+        self.answer(|answers| answers.stops.push_back(sequence))
     }
 
     fn answer(&self, put: impl FnOnce(&mut Answers)) -> Result<(), TlsError> {
@@ -209,7 +211,7 @@ impl TlsLane {
         Ok(())
     }
 
-    /// Has the writing thread send what was answered.
+    /// Has a writing thread send what was answered.
     pub(super) fn send_answers(&self) {
         self.more.notify_one();
     }
@@ -248,17 +250,21 @@ impl Lane for TlsLane {
     }
 
     fn start(self: Arc<Self>, node: &Arc<Node>, life: &Arc<Life>) {
-        let Some((mut incoming, mut outgoing)) = lock(&self.halves).take() else { return };
+        let Some((incoming, outgoing)) = lock(&self.halves).take() else { return };
         let timeouts = self.socket.set_read_timeout(Some(TICK));
         if let Err(error) = timeouts.and_then(|()| self.socket.set_write_timeout(Some(PATIENCE))) {
             return node.lane_failed(life, &*self, &error.to_string());
         }
-        Arc::clone(&self).run("tls-out", node, life, move |lane, _, _| send(lane, &mut outgoing));
-        self.run("tls-in", node, life, move |lane, node, life| {
-            let Err(error) =
-                (Receiver { lane, node, life, incoming: &mut incoming, tail: [0; MAX_TAIL] }).receive();
-            Err(error)
-        });
+        let sender = Arc::new(Sender::new(outgoing));
+        let receiver = Arc::new(Receiver::new(incoming));
+        for turn in ["a", "b"] {
+            let sender = Arc::clone(&sender);
+            self.run(&format!("tls-out-{turn}"), node, life, move |lane, _, _| sender.run(lane));
+            let receiver = Arc::clone(&receiver);
+            self.run(&format!("tls-in-{turn}"), node, life, move |lane, node, life| {
+                receiver.run(At { lane, node, life })
+            });
+        }
     }
 
     fn close(&self, _reason: &str) {
@@ -277,12 +283,20 @@ impl Lane for TlsLane {
 }
 
 impl Answers {
-    fn is_empty(&self) -> bool {
-        self.acks.is_empty() && self.stops.is_empty()
+    pub(super) fn is_empty(&self) -> bool {
+        self.said == self.acks.len() && self.stops.is_empty()
     }
 
-    /// The acknowledgements, as many as a frame holds at a time.
-    pub(super) fn ack_frames(&self) -> impl Iterator<Item = &[u8]> {
-        self.acks.chunks(MAX_ACKS * ACK_BYTES)
+    /// What is to be said first: as many acknowledgements as a frame holds at a time.
+    pub(super) fn first(&self) -> Option<Frame<'_>> {
+        let acks = self.acks[self.said..].chunks(MAX_ACKS * ACK_BYTES).next();
+        acks.map(Frame::Acks).or_else(|| self.stops.front().copied().map(Frame::Stop))
+    }
+
+    pub(super) fn drop_first(&mut self) {
+        match self.first() {
+            Some(Frame::Acks(said)) => self.said += said.len(),
+            _ => drop(self.stops.pop_front()),
+        }
     }
 }

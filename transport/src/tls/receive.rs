@@ -1,35 +1,55 @@
-//! The reading thread of a lane: lands the peer's writes, and takes in what it says about ours.
+//! The reading threads of a lane: land the peer's writes, and take in what it says about ours.
+//!
+//! There are two, and they take turns: where much comes in, one reads from the socket while the other opens what it
+//! has read.
 
 use super::TlsError;
 use super::frame::{Frame, MAX_TAIL, SHORT_FRAME, acks, body_of, piece_at};
-use super::incoming::{Arrival, Incoming};
-use super::lane::{PATIENCE, TICK, TlsLane};
+use super::incoming::{Arrival, Arrived, Incoming, Opening};
+use super::lane::{PATIENCE, TICK, TlsLane, lock};
+use super::record::Record;
+use super::send::Turn;
 use crate::net::header::{Ack, Header};
 use crate::net::lane::Path;
 use crate::net::life::Life;
 use crate::net::node::Node;
 use crate::window::Landing;
-use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-pub(super) struct Receiver<'a> {
+/// What came in at once and makes it likely that there is more: then the other thread reads on meanwhile. Less is
+/// opened before it could have woken up.
+const MUCH: usize = 64 << 10;
+
+/// Locks are taken in this order; the second before the first is given back, so that records are opened as they came.
+pub(super) struct Receiver {
+    /// What came in after the last whole record.
+    read: Mutex<Turn<Arrived>>,
+    open: Mutex<Turn<Opened>>,
+}
+
+/// Where all this happens.
+#[derive(Clone, Copy)]
+pub(super) struct At<'a> {
     pub(super) lane: &'a TlsLane,
     pub(super) node: &'a Arc<Node>,
     pub(super) life: &'a Arc<Life>,
-    pub(super) incoming: &'a mut Incoming,
-    /// The last bytes of the write that is being received.
-    pub(super) tail: [u8; MAX_TAIL],
 }
 
-/// What to do after a frame.
-enum Next {
-    /// More of the same.
-    Go,
-    /// Receive the rest of this write.
-    Body(Header),
-    /// The rest of this write does not come.
-    Cut(u64),
+/// How far opening has come.
+struct Opened {
+    opening: Opening,
+    /// The write that is being received.
+    write: Option<Receiving>,
+    /// Its last bytes.
+    tail: [u8; MAX_TAIL],
+}
+
+struct Receiving {
+    header: Header,
+    fate: Fate,
+    body: u64,
+    at: u64,
 }
 
 /// What becomes of a write while it comes in.
@@ -40,146 +60,150 @@ enum Fate {
     LandedBefore,
 }
 
-impl Receiver<'_> {
-    /// Receives until the connection ends, and says why it did.
-    pub(super) fn receive(mut self) -> Result<Infallible, TlsError> {
+impl Receiver {
+    pub(super) fn new(incoming: Incoming) -> Receiver {
+        let Incoming { opening, arrived } = incoming;
+        let opened = Opened { opening, write: None, tail: [0; MAX_TAIL] };
+        Receiver { read: Turn::new(arrived), open: Turn::new(opened) }
+    }
+
+    /// Takes turns until the connection ends or is broken, and says why it was.
+    pub(super) fn run(&self, at: At<'_>) -> Result<(), TlsError> {
+        let mut arrived = Arrived::new();
         loop {
-            self.next_record(false)?;
-            match self.take_frame()? {
-                Next::Go => {}
-                Next::Body(header) => self.take_body(&header)?,
-                Next::Cut(_) => return Err(TlsError::Rule("it cut a write short that it had sent")),
+            let mut read = lock(&self.read);
+            let Some(whole) = read.work(|rest| self.read(at.lane, rest, &mut arrived))? else { return Ok(()) };
+            let mut open = lock(&self.open);
+            let kept = (whole < MUCH).then_some(read);
+            let taken = open.work(|opened| {
+                while let Some(record) = arrived.next_record()? {
+                    opened.take(at, &record)?;
+                }
+                Ok(())
+            })?;
+            if taken.is_none() {
+                return Ok(());
             }
+            // One wake-up of a writing thread for all that came in at once.
+            at.lane.send_answers();
+            drop(kept);
         }
     }
 
-    /// Waits for a record, and returns how long its content is. In the middle of a write it does not wait for
-    /// long.
-    fn next_record(&mut self, within_write: bool) -> Result<usize, TlsError> {
-        // One wake-up of the other thread for all that came in at once.
-        if !self.incoming.has_record()? {
-            self.lane.send_answers();
-        }
+    /// Reads until a whole record is here; returns how many bytes the whole ones have. What came after them is left in
+    /// `rest`.
+    fn read(&self, lane: &TlsLane, rest: &mut Arrived, arrived: &mut Arrived) -> Result<usize, TlsError> {
+        std::mem::swap(rest, arrived);
         let mut silent_since = None;
         loop {
-            match self.incoming.wait(&self.lane.socket)? {
-                Arrival::Record(content) => return Ok(content),
-                Arrival::Nothing if self.lane.is_closed() => return Err(TlsError::Closed),
-                Arrival::Nothing if within_write || self.incoming.is_within_record() => {
-                    let since = *silent_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() + TICK >= PATIENCE {
-                        return Err(TlsError::Stalled(PATIENCE));
-                    }
-                }
-                Arrival::Nothing => {}
+            let whole = arrived.whole_bytes()?;
+            if whole > 0 {
+                arrived.cut_off(whole, rest);
+                return Ok(whole);
             }
+            if arrived.read(&lane.socket)? == Arrival::Bytes {
+                silent_since = None;
+                continue;
+            }
+            if lane.is_closed() {
+                return Err(TlsError::Closed);
+            }
+            if !arrived.is_empty() || lock(&self.open).state.write.is_some() {
+                let since = *silent_since.get_or_insert_with(Instant::now);
+                if since.elapsed() + TICK >= PATIENCE {
+                    return Err(TlsError::Stalled(PATIENCE));
+                }
+            }
+        }
+    }
+}
+
+impl Opened {
+    fn take(&mut self, at: At<'_>, record: &Record<'_>) -> Result<(), TlsError> {
+        let content = record.content_bytes();
+        match &mut self.write {
+            Some(write) if content == piece_at(write.body, write.at) => {
+                write.take_piece(at, &mut self.opening, record)?;
+                if write.at == write.body {
+                    self.end(at)?;
+                }
+                Ok(())
+            }
+            Some(_) if content > SHORT_FRAME => {
+                Err(TlsError::Rule("it sent a record of another length than is due"))
+            }
+            _ => self.take_frame(at, record),
         }
     }
 
     /// Takes in a record that belongs to no body.
-    fn take_frame(&mut self) -> Result<Next, TlsError> {
-        let Some(content) = self.incoming.open()? else {
-            return Ok(Next::Go);
+    fn take_frame(&mut self, at: At<'_>, record: &Record<'_>) -> Result<(), TlsError> {
+        let Some(content) = self.opening.open(record)? else {
+            return Ok(());
         };
         match Frame::decode(content).ok_or(TlsError::Rule("it sent a frame that is none"))? {
+            Frame::Write { .. } if self.write.is_some() => {
+                Err(TlsError::Rule("it began a write within another"))
+            }
             Frame::Write { header, tail } => {
                 self.tail[..tail.len()].copy_from_slice(tail);
-                Ok(Next::Body(header))
+                let body = body_of(header.len);
+                let fate = fate_of(at, &header)?;
+                if body > 0 && !matches!(fate, Fate::Landing(_)) {
+                    at.lane.stop(header.sequence)?;
+                }
+                self.write = Some(Receiving { header, fate, body, at: 0 });
+                if body == 0 { self.end(at) } else { Ok(()) }
             }
             Frame::Acks(encoded) => {
                 for ack in acks(encoded) {
                     let Ack { sequence, landed } =
                         ack.ok_or(TlsError::Rule("it sent an acknowledgement that is none"))?;
-                    self.lane.answered(sequence)?;
-                    self.node.settle(self.life, self.lane, sequence, landed);
+                    at.lane.answered(sequence)?;
+                    at.node.settle(at.life, at.lane, sequence, landed);
                 }
-                Ok(Next::Go)
+                Ok(())
             }
             Frame::Stop(sequence) => {
-                self.lane.set_unwanted(sequence);
-                Ok(Next::Go)
+                at.lane.set_unwanted(sequence);
+                Ok(())
             }
-            Frame::Cut(sequence) => Ok(Next::Cut(sequence)),
+            Frame::Cut(sequence) => match &self.write {
+                Some(write) if write.header.sequence == sequence && !write.is_landing() => self.end(at),
+                Some(_) => Err(TlsError::Rule("it cut a write short that was wanted")),
+                None => Err(TlsError::Rule("it cut a write short that it had sent")),
+            },
             Frame::Hello(_) | Frame::Welcome => Err(TlsError::Rule("it introduced itself again")),
         }
     }
 
-    /// Receives a write after its header, and between its records what else the peer has to say.
-    fn take_body(&mut self, header: &Header) -> Result<(), TlsError> {
-        let (sequence, body) = (header.sequence, body_of(header.len));
-        let mut fate = self.fate_of(header)?;
-        if body > 0 && !matches!(fate, Fate::Landing(_)) {
-            self.lane.stop(sequence)?;
-        }
-        let mut at = 0;
-        while at < body {
-            let piece = piece_at(body, at);
-            let content = self.next_record(true)?;
-            if content == piece {
-                if let Fate::Landing(landing) = &fate
-                    && !land_piece(self.lane, self.incoming, landing, header.offset + at, piece)?
-                {
-                    fate = Fate::Refused;
-                    self.lane.stop(sequence)?;
-                }
-                if !matches!(fate, Fate::Landing(_)) {
-                    self.incoming.discard()?;
-                }
-                at += piece as u64;
-                continue;
-            }
-            if content > SHORT_FRAME {
-                return Err(TlsError::Rule("it sent a record of another length than is due"));
-            }
-            match self.take_frame()? {
-                Next::Go => {}
-                Next::Cut(cut) if cut == sequence && !matches!(fate, Fate::Landing(_)) => break,
-                Next::Cut(_) => return Err(TlsError::Rule("it cut a write short that was wanted")),
-                Next::Body(_) => return Err(TlsError::Rule("it began a write within another")),
-            }
-        }
+    /// Nothing of the write that is being received comes any more.
+    fn end(&mut self, at: At<'_>) -> Result<(), TlsError> {
+        let Some(Receiving { header, fate, .. }) = self.write.take() else { return Ok(()) };
         let landed = match fate {
-            Fate::Landing(landing) => self.finish(&landing, header)?,
+            Fate::Landing(landing) => self.finish(at, &landing, &header)?,
             Fate::Refused => false,
             Fate::LandedBefore => true,
         };
         if !landed {
-            self.node.note_refused(self.life, Path::Tls, header);
+            at.node.note_refused(at.life, Path::Tls, &header);
         }
-        self.lane.acknowledge(Ack { sequence, landed })
-    }
-
-    fn fate_of(&self, header: &Header) -> Result<Fate, TlsError> {
-        while !self.node.wait_until_polled(Duration::from_millis(100)) {
-            if self.lane.is_closed() {
-                return Err(TlsError::Closed);
-            }
-        }
-        if let Some(generation) = header.failed {
-            if !self.node.failed_at_peer(self.life, generation) {
-                return Err(TlsError::Closed);
-            }
-            if self.life.has_landed(header.sequence) {
-                return Ok(Fate::LandedBefore);
-            }
-        }
-        let found = self.node.windows.find(self.life.peer, &header.window, header.offset, header.len);
-        Ok(found.map_or(Fate::Refused, Fate::Landing))
+        at.lane.acknowledge(Ack { sequence: header.sequence, landed })
     }
 
     /// Puts the last bytes of a write in their place, and reports it; false if the window was closed.
-    fn finish(&self, landing: &Landing, header: &Header) -> Result<bool, TlsError> {
+    fn finish(&self, at: At<'_>, landing: &Landing, header: &Header) -> Result<bool, TlsError> {
         let Header { window, offset, len, immediate, sequence, floor, .. } = *header;
         // As long as decoding the frame has found it to be.
         let body = body_of(len);
         let tail = &self.tail[..(len - body) as usize];
-        self.lane.with_landing(|| {
-            let (node, peer) = (self.node, self.life.peer);
+        at.lane.with_landing(|| {
+            let (node, peer) = (at.node, at.life.peer);
             let landed = landing.land(offset + body, tail)
                 && landing.complete(|| node.report_landed(peer, immediate, len, window.key));
             if landed {
-                node.count_landed(self.life, Path::Tls, len);
-                self.life
+                node.count_landed(at.life, Path::Tls, len);
+                at.life
                     .note_landed(sequence, floor)
                     .map_err(|_| TlsError::Rule("it has too many writes that are not reported"))?;
             }
@@ -188,18 +212,64 @@ impl Receiver<'_> {
     }
 }
 
+impl Receiving {
+    fn is_landing(&self) -> bool {
+        matches!(self.fate, Fate::Landing(_))
+    }
+
+    fn take_piece(
+        &mut self,
+        at: At<'_>,
+        opening: &mut Opening,
+        record: &Record<'_>,
+    ) -> Result<(), TlsError> {
+        let piece = record.content_bytes();
+        if let Fate::Landing(landing) = &self.fate
+            && !land_piece(at.lane, opening, record, landing, self.header.offset + self.at)?
+        {
+            self.fate = Fate::Refused;
+            at.lane.stop(self.header.sequence)?;
+        }
+        if !self.is_landing() {
+            // Also when the window has just been closed: the record has not been opened then.
+            opening.discard(record)?;
+        }
+        self.at += piece as u64;
+        Ok(())
+    }
+}
+
+fn fate_of(At { lane, node, life }: At<'_>, header: &Header) -> Result<Fate, TlsError> {
+    while !node.wait_until_polled(Duration::from_millis(100)) {
+        if lane.is_closed() {
+            return Err(TlsError::Closed);
+        }
+    }
+    if let Some(generation) = header.failed {
+        if !node.failed_at_peer(life, generation) {
+            return Err(TlsError::Closed);
+        }
+        if life.has_landed(header.sequence) {
+            return Ok(Fate::LandedBefore);
+        }
+    }
+    let found = node.windows.find(life.peer, &header.window, header.offset, header.len);
+    Ok(found.map_or(Fate::Refused, Fate::Landing))
+}
+
 /// Opens a record of a body into its place; false if the window was closed.
 fn land_piece(
     lane: &TlsLane,
-    incoming: &mut Incoming,
+    opening: &mut Opening,
+    record: &Record<'_>,
     landing: &Landing,
     at: u64,
-    piece: usize,
 ) -> Result<bool, TlsError> {
     lane.with_landing(|| {
         let mut opened = Ok(());
         // One byte more: the write goes on, so it belongs to the same window.
-        let open = landing.land_by(at, piece + 1, |place| opened = incoming.open_into(place));
+        let open = landing
+            .land_by(at, record.content_bytes() + 1, |place| opened = opening.open_into(record, place));
         opened.map(|()| open)
     })
 }
