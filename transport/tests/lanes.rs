@@ -43,6 +43,7 @@ fn pair_that_repairs(identity: &Identity, paths: &[Path], pause: Duration) -> [N
         let config = NetConfig {
             paths: paths.to_vec(),
             tls_connections: 2,
+            tls_turns: Some(2),
             repair: pause..=pause,
             ..NetConfig::default()
         };

@@ -6,8 +6,9 @@ use super::record::{ALERT, DATA, HANDSHAKE, KEY_UPDATE, MAX_CONTENT, MAX_RECORD,
 use std::io::{self, Read as _};
 use std::net::TcpStream;
 
-/// Bytes taken from the kernel at once, at most: they are opened while they are in the cache.
-const BUFFER: usize = 256 << 10;
+/// Bytes taken from the kernel at once, at most. Between 256 KiB and this no difference was seen on two cores; on many,
+/// this was faster by a tenth.
+const BUFFER: usize = 1 << 20;
 
 /// Received and not opened yet.
 pub(super) struct Arrived {
@@ -91,7 +92,9 @@ pub(super) struct Opening {
 impl Opening {
     /// Opens a record for nothing but its authenticity.
     pub(super) fn discard(&mut self, record: &Record<'_>) -> Result<(), TlsError> {
-        self.open(record)?.map(|_| ()).ok_or(TlsError::Rule("it sent a record of a kind that has no place there"))
+        self.open(record)?
+            .map(|_| ())
+            .ok_or(TlsError::Rule("it sent a record of a kind that has no place there"))
     }
 
     /// Opens a record straight into `place`: its content, and one byte more.

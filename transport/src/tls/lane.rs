@@ -1,12 +1,13 @@
 //! The lane as its threads and the life see it.
 
-use super::TlsError;
 use super::frame::{Frame, MAX_ACKS};
 use super::incoming::Incoming;
 use super::join::Joined;
 use super::outgoing::Outgoing;
 use super::receive::{At, Receiver};
 use super::send::Sender;
+use super::{MAX_TURNS, TlsError};
+use crate::net::NetConfig;
 use crate::net::header::{ACK_BYTES, Ack};
 use crate::net::lane::{Job, Lane, LaneId, Path};
 use crate::net::life::Life;
@@ -14,6 +15,7 @@ use crate::net::node::Node;
 use socket2::{SockRef, TcpKeepalive};
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
+use std::num::NonZero;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -79,6 +81,15 @@ pub(super) enum Work {
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each of these guards single operations, or a turn that knows whether it broke.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many threads take turns at each direction of a connection.
+fn turns(config: &NetConfig) -> usize {
+    config.tls_turns.unwrap_or_else(|| {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        let threads = 2 * MAX_TURNS * config.tls_connections;
+        if 2 * threads <= cores { MAX_TURNS } else { 1 }
+    })
 }
 
 /// One more than its bytes, so that empty writes are spread too.
@@ -257,7 +268,7 @@ impl Lane for TlsLane {
         }
         let sender = Arc::new(Sender::new(outgoing));
         let receiver = Arc::new(Receiver::new(incoming));
-        for turn in ["a", "b"] {
+        for turn in 0..turns(&node.config) {
             let sender = Arc::clone(&sender);
             self.run(&format!("tls-out-{turn}"), node, life, move |lane, _, _| sender.run(lane));
             let receiver = Arc::clone(&receiver);

@@ -33,6 +33,9 @@ const PROTOCOL: &[u8] = b"tandem-lane/1";
 /// The most connections between two nodes.
 pub(crate) const MAX_CONNECTIONS: usize = 16;
 
+/// The most threads for a direction of a connection: what they do has two steps.
+pub(crate) const MAX_TURNS: usize = 2;
+
 /// Why a connection did not come about, or ended.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TlsError {

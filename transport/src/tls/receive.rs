@@ -1,6 +1,6 @@
 //! The reading threads of a lane: land the peer's writes, and take in what it says about ours.
 //!
-//! There are two, and they take turns: where much comes in, one reads from the socket while the other opens what it
+//! Where there are two, they take turns: where much comes in, one reads from the socket while the other opens what it
 //! has read.
 
 use super::TlsError;
@@ -18,8 +18,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// What came in at once and makes it likely that there is more: then the other thread reads on meanwhile. Less is
-/// opened before it could have woken up.
-const MUCH: usize = 64 << 10;
+/// opened about as soon as it would have woken up.
+const MUCH: usize = 256 << 10;
 
 /// Locks are taken in this order; the second before the first is given back, so that records are opened as they came.
 pub(super) struct Receiver {
@@ -72,7 +72,9 @@ impl Receiver {
         let mut arrived = Arrived::new();
         loop {
             let mut read = lock(&self.read);
-            let Some(whole) = read.work(|rest| self.read(at.lane, rest, &mut arrived))? else { return Ok(()) };
+            let Some(whole) = read.work(|rest| self.read(at.lane, rest, &mut arrived))? else {
+                return Ok(());
+            };
             let mut open = lock(&self.open);
             let kept = (whole < MUCH).then_some(read);
             let taken = open.work(|opened| {
@@ -217,12 +219,7 @@ impl Receiving {
         matches!(self.fate, Fate::Landing(_))
     }
 
-    fn take_piece(
-        &mut self,
-        at: At<'_>,
-        opening: &mut Opening,
-        record: &Record<'_>,
-    ) -> Result<(), TlsError> {
+    fn take_piece(&mut self, at: At<'_>, opening: &mut Opening, record: &Record<'_>) -> Result<(), TlsError> {
         let piece = record.content_bytes();
         if let Fate::Landing(landing) = &self.fate
             && !land_piece(at.lane, opening, record, landing, self.header.offset + self.at)?

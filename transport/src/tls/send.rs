@@ -1,8 +1,7 @@
 //! The writing threads of a lane: writes, and what the reading threads have to say.
 //!
-//! There are two, and they take turns: one seals a batch while the other's is on its way through the kernel. So a
-//! connection costs two processors' time side by side where it has much to send; where it has little, the one that
-//! sealed it sends it at once, and the other sleeps.
+//! Where there are two, they take turns: one seals a batch while the other's is on its way through the kernel. Where a
+//! connection has little to send, the one that sealed it sends it at once, and the other sleeps.
 
 use super::TlsError;
 use super::frame::{Frame, body_of, piece_at};

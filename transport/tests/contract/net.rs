@@ -59,14 +59,19 @@ impl Shape for ShmAlone {
 pub(crate) struct TlsAlone;
 impl Shape for TlsAlone {
     fn config() -> NetConfig {
-        NetConfig { paths: vec![Path::Tls], tls_connections: 1, ..NetConfig::default() }
+        NetConfig { paths: vec![Path::Tls], tls_connections: 1, tls_turns: Some(1), ..NetConfig::default() }
     }
 }
 
 pub(crate) struct TlsThenQuic;
 impl Shape for TlsThenQuic {
     fn config() -> NetConfig {
-        NetConfig { paths: vec![Path::Tls, Path::Quic], tls_connections: 4, ..NetConfig::default() }
+        NetConfig {
+            paths: vec![Path::Tls, Path::Quic],
+            tls_connections: 4,
+            tls_turns: Some(2),
+            ..NetConfig::default()
+        }
     }
 }
 

@@ -40,7 +40,8 @@ fn nodes_that_repair(paths: &[Path], pause: Duration) -> [Node; 2] {
     let identity = identity();
     [1, 2].map(|id| {
         let (paths, repair) = (paths.to_vec(), pause..=pause);
-        let config = NetConfig { paths, tls_connections: 2, repair, ..NetConfig::default() };
+        let config =
+            NetConfig { paths, tls_connections: 2, tls_turns: Some(2), repair, ..NetConfig::default() };
         let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(id), config).unwrap();
         let region = HostRegion::map(REGION).unwrap();
         let registered = transport.register(Arc::clone(&region)).unwrap();
