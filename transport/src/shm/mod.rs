@@ -21,6 +21,7 @@ use handover::{Message, PATIENCE, Received, Socket};
 use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,13 +32,23 @@ use tandem_proto::wire::Window;
 const VERSION: u16 = 2;
 /// Bytes copied between two looks at whether the lane was closed.
 const PIECE: usize = 256 << 10;
-/// Bytes that land before the peer and the node loop are told, if more is waiting: waking costs as much as copying
-/// some hundred KiB.
-const TELL_EVERY: u64 = 2 << 20;
+/// Bytes that land before the peer is told, if it sleeps, and the node loop, if more is waiting: waking costs as much as
+/// copying some hundred KiB.
+const TELL_PEER_EVERY: u64 = 2 << 20;
+const TELL_NODE_EVERY: u64 = 4 << 20;
 /// How long to look for more before sleeping. Waking takes a system call and some ten microseconds.
 const SPIN: Duration = Duration::from_micros(5);
+/// Bytes of writes under way that make their sender nap instead of sleeping: it looks by itself when the peer may have
+/// copied a quarter of them, and the peer is spared from waking it, which holds up copying.
+const NAP_FROM: u64 = 512 << 10;
+/// What a peer copies in a nanosecond, four times over.
+const NAP_BYTES_PER_NS: u64 = 80;
+/// How long it naps while nothing is answered: then it sleeps.
+const NAPS: Duration = Duration::from_millis(2);
+/// The most by which the system may prolong a nap.
+const NAP_SLACK: NonZero<u64> = NonZero::new(1000).unwrap();
 /// How often a sleeper looks although nobody woke it.
-const NAP: Duration = Duration::from_secs(1);
+const SLEEP: Duration = Duration::from_secs(1);
 /// Regions that a peer's writes may come from, at most.
 const MAX_REGIONS: usize = 64;
 
@@ -227,7 +238,7 @@ struct Incoming {
     jobs: Consumer<JOB_WORDS>,
     answers: Producer<1>,
     acks: Consumer<1>,
-    regions: HashMap<u32, ForeignRegion>,
+    regions: BTreeMap<u32, ForeignRegion>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -256,7 +267,7 @@ impl ShmLane {
                 jobs: jobs_in,
                 answers: acks_out,
                 acks: acks_in,
-                regions: HashMap::new(),
+                regions: BTreeMap::new(),
             })),
         })
     }
@@ -282,20 +293,26 @@ impl ShmLane {
     }
 
     fn serve(&self, node: &Arc<Node>, life: &Arc<Life>, mut incoming: Incoming) -> Result<(), Error> {
+        // Where it cannot be set, naps are longer.
+        let _ = rustix::thread::set_current_timer_slack(Some(NAP_SLACK));
         let mut idle_since = None;
         while !self.is_closed() {
             let mut busy = self.settle(node, life, &mut incoming)?;
             busy |= self.flush()?;
-            let mut untold = 0;
+            let (mut peer_untold, mut node_untold) = (0, 0);
             while !self.is_closed()
                 && incoming.answers.has_room()?
                 && let Some(words) = incoming.jobs.pop()?
             {
                 busy = true;
-                untold += self.receive(node, life, &mut incoming, &words)?;
-                if untold >= TELL_EVERY {
-                    untold = 0;
+                let landed = self.receive(node, life, &mut incoming, &words)?;
+                (peer_untold, node_untold) = (peer_untold + landed, node_untold + landed);
+                if peer_untold >= TELL_PEER_EVERY {
+                    peer_untold = 0;
                     self.wake_peer();
+                }
+                if node_untold >= TELL_NODE_EVERY {
+                    node_untold = 0;
                     node.wake();
                 }
                 self.settle(node, life, &mut incoming)?;
@@ -306,14 +323,20 @@ impl ShmLane {
                 idle_since = None;
                 continue;
             }
-            if idle_since.get_or_insert_with(Instant::now).elapsed() < SPIN {
+            let idle = idle_since.get_or_insert_with(Instant::now).elapsed();
+            let load = self.load();
+            if load >= NAP_FROM && idle < NAPS {
+                self.socket.wait(Duration::from_nanos(load / NAP_BYTES_PER_NS));
+                continue;
+            }
+            if idle < SPIN {
                 // The copier may be this core's other half: leave it the core.
                 (0..8).for_each(|_| std::hint::spin_loop());
                 continue;
             }
             self.own.set_asleep(true);
             if incoming.jobs.is_empty() && incoming.acks.is_empty() && !self.is_closed() {
-                self.socket.wait(NAP);
+                self.socket.wait(SLEEP);
             }
             self.own.set_asleep(false);
             self.take_messages(&mut incoming)?;
