@@ -60,6 +60,12 @@ pub struct NodeOptions {
     /// is there in builds with that feature; tls needs the data port open for TCP too.
     #[arg(long, value_name = "PATH", default_value = "auto", value_parser = paths, help_heading = "Memory and speed")]
     pub transport: Paths,
+    /// RDMA devices for KV, by name and separated by commas: each must be there, and have a port that is up and has an
+    /// address. Without it every such device is used. A lane to a peer is spread over all ports; the address of a RoCE
+    /// port is its first IPv4 one of RoCE v2, else its first routable IPv6 one.
+    #[cfg(feature = "rdma")]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', help_heading = "Memory and speed")]
+    pub rdma_devices: Vec<String>,
     /// Threads that move KV over QUIC, each with a socket of its own, and connections over TLS. One carries about half
     /// a gigabyte a second over QUIC at Ethernet's packet size, two over TLS; more help where there are idle cores.
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Memory and speed")]
@@ -97,6 +103,9 @@ pub struct Paths(pub Vec<Path>);
 fn paths(text: &str) -> Result<Paths, String> {
     match text {
         "auto" => Ok(Paths(Path::ALL.to_vec())),
+        "rdma" if cfg!(not(feature = "rdma")) => {
+            Err("this build has no RDMA: build it with --features rdma".into())
+        }
         name => Ok(Paths(vec![name.parse().map_err(|error| format!("{error}, or auto"))?])),
     }
 }
@@ -139,6 +148,10 @@ pub fn start(
 ) -> anyhow::Result<()> {
     options.process.start_logs()?;
     let shutdown = Shutdown::on_signals()?;
+    #[cfg(feature = "rdma")]
+    if !options.rdma_devices.is_empty() && !options.transport.0.contains(&Path::Rdma) {
+        anyhow::bail!("--rdma-devices names devices, but --transport leaves RDMA out: drop one of them");
+    }
     let identity = options.tls.identity()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let status = Status::new(role);
@@ -163,6 +176,8 @@ pub fn start(
         let (control, events) = Control::bind(options.control, &identity, node, limits)?;
         let net = NetConfig {
             paths: options.transport.0.clone(),
+            #[cfg(feature = "rdma")]
+            rdma_devices: options.rdma_devices.clone(),
             threads: options.data_threads,
             tls_connections: options.data_threads,
             tuning,

@@ -1,7 +1,9 @@
-//! A real cluster on loopback: one router, and any number of prefill and decode processes.
+//! A real cluster: one router, and any number of prefill and decode processes; on loopback, or on two hosts.
 
+use serde_json::Value;
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -16,20 +18,45 @@ pub struct ClusterOptions {
     pub prefill: usize,
     /// Decode processes.
     pub decode: usize,
+    /// Where router and prefill processes run. The caller's thread must reach it.
+    pub prefill_on: Host,
+    /// Where decode processes run.
+    pub decode_on: Host,
     /// More flags for every prefill and decode process.
     pub node_flags: Vec<String>,
     /// More flags for the router.
     pub router_flags: Vec<String>,
 }
 
+/// Where processes run.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Where they listen.
+    pub ip: IpAddr,
+    /// The command, with its arguments, that runs there the one that follows it; nothing where the caller is.
+    pub enter: Vec<String>,
+    /// More flags for the nodes there.
+    pub node_flags: Vec<String>,
+}
+
+impl Host {
+    /// This one, for itself alone.
+    #[must_use]
+    pub fn loopback() -> Host {
+        Host { ip: Ipv4Addr::LOCALHOST.into(), enter: Vec::new(), node_flags: Vec::new() }
+    }
+}
+
 impl ClusterOptions {
-    /// One of each, with this model.
+    /// One of each on loopback, with this model.
     #[must_use]
     pub fn new(model: &Path) -> ClusterOptions {
         ClusterOptions {
             model: model.to_owned(),
             prefill: 1,
             decode: 1,
+            prefill_on: Host::loopback(),
+            decode_on: Host::loopback(),
             node_flags: Vec::new(),
             router_flags: Vec::new(),
         }
@@ -87,9 +114,11 @@ pub fn binary(name: &str) -> PathBuf {
 }
 
 impl Process {
-    fn start(name: &str, program: &str, flags: &[String]) -> Process {
+    fn start(name: &str, program: &str, on: &Host, flags: &[String]) -> Process {
         let path = binary(program);
-        let mut child = Command::new(&path)
+        let words: Vec<OsString> = on.enter.iter().map(OsString::from).chain([path.clone().into()]).collect();
+        let mut child = Command::new(&words[0])
+            .args(&words[1..])
             .args(flags)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -111,6 +140,12 @@ impl Process {
     #[must_use]
     pub fn log(&self) -> String {
         self.log.lock().expect("no panic while it is held").join("\n")
+    }
+
+    /// As [`Process::log`], of what it logged as JSON.
+    #[must_use]
+    pub fn log_lines(&self) -> Vec<Value> {
+        self.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// Ends it without a word.
@@ -155,10 +190,12 @@ impl Cluster {
                 .chain(more.iter().cloned())
                 .collect()
         };
+        let any_port = |host: &Host| SocketAddr::new(host.ip, 0).to_string();
+        let listen = any_port(&options.prefill_on);
         let router_flags = flags(
             &[
-                ("listen", "127.0.0.1:0"),
-                ("control", "127.0.0.1:0"),
+                ("listen", &listen),
+                ("control", &listen),
                 ("model", &model),
                 ("tls-dir", &tls_dir),
                 ("log-format", "json"),
@@ -166,22 +203,33 @@ impl Cluster {
             &options.router_flags,
         );
         let mut cluster = Cluster {
-            processes: vec![Process::start("router", "router", &router_flags)],
+            processes: vec![Process::start("router", "router", &options.prefill_on, &router_flags)],
             url: String::new(),
             tls,
         };
         let control = cluster.wait_for_router();
-        let node = |name: &str, binary: &str| {
-            let given = [("name", name), ("model", &model), ("router", &control), ("tls-dir", &tls_dir)];
-            let mut given = given.to_vec();
+        let node = |name: &str, binary: &str, on: &Host| {
+            let listen = any_port(on);
+            let mut given = vec![
+                ("name", name),
+                ("model", &model),
+                ("router", &control),
+                ("control", &listen),
+                ("data", &listen),
+                ("status", &listen),
+                ("tls-dir", &tls_dir),
+                ("log-format", "json"),
+            ];
             if !options.node_flags.iter().any(|flag| flag == "--kv-memory") {
                 // Several nodes share a small machine.
                 given.push(("kv-memory", "256MiB"));
             }
-            Process::start(name, binary, &flags(&given, &options.node_flags))
+            let more = [&options.node_flags[..], &on.node_flags].concat();
+            Process::start(name, binary, on, &flags(&given, &more))
         };
-        let prefill = (0..options.prefill).map(|n| node(&format!("prefill-{n}"), "prefill-node"));
-        let decode = (0..options.decode).map(|n| node(&format!("decode-{n}"), "decode-node"));
+        let (first, second) = (&options.prefill_on, &options.decode_on);
+        let prefill = (0..options.prefill).map(|n| node(&format!("prefill-{n}"), "prefill-node", first));
+        let decode = (0..options.decode).map(|n| node(&format!("decode-{n}"), "decode-node", second));
         let nodes: Vec<_> = prefill.chain(decode).collect();
         cluster.processes.extend(nodes);
         let (prefill, decode) = (options.prefill, options.decode);
@@ -221,11 +269,23 @@ impl Cluster {
         (status, Box::new(BufReader::new(answer.into_body().into_reader())))
     }
 
-    /// Status and body of a page.
+    /// Status and body of a page of the router's.
     #[must_use]
     pub fn get(&self, path: &str) -> Option<(u16, String)> {
-        let mut answer = agent().get(format!("{}{path}", self.url)).call().ok()?;
-        Some((answer.status().as_u16(), answer.body_mut().read_to_string().ok()?))
+        get(&format!("{}{path}", self.url))
+    }
+
+    /// Status and body of a page of a node's own.
+    ///
+    /// # Panics
+    /// When there is no node of that name, or it does not answer.
+    #[must_use]
+    pub fn node_page(&self, node: &str, path: &str) -> (u16, String) {
+        let process =
+            self.processes.iter().find(|process| process.name == node).expect("a node of that name");
+        let says = |line: &Value| line["message"] == "serving status";
+        let line = process.log_lines().into_iter().find(says).expect("it says where");
+        get(&format!("http://{}{path}", line["http"].as_str().expect("an address"))).expect("it answers")
     }
 
     /// The value of a metric of the router's, by its name with labels.
@@ -295,6 +355,20 @@ impl Drop for Cluster {
         // Left behind at worst.
         let _ = std::fs::remove_dir_all(&self.tls);
     }
+}
+
+fn get(url: &str) -> Option<(u16, String)> {
+    let mut answer = agent().get(url).call().ok()?;
+    Some((answer.status().as_u16(), answer.body_mut().read_to_string().ok()?))
+}
+
+/// The first value of a metric in the text of a page, by its name and a part of its labels.
+#[must_use]
+pub fn metric(metrics: &str, name: &str, label: &str) -> Option<f64> {
+    let of = |line: &&str| {
+        line.starts_with(name) && line[name.len()..].starts_with(['{', ' ']) && line.contains(label)
+    };
+    metrics.lines().find(of)?.rsplit(' ').next()?.parse().ok()
 }
 
 fn agent() -> ureq::Agent {

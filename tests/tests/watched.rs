@@ -2,14 +2,14 @@
 
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tandem_tests::processes::{Cluster, ClusterOptions, model};
+use tandem_tests::processes::{Cluster, ClusterOptions, metric, model};
 
 fn logged(transport: &str) -> ClusterOptions {
     let mut options = ClusterOptions::new(&model("tiny").expect("the project's own model"));
     let debug = ["--log-level", "debug"].map(String::from);
     options.router_flags = [&debug[..], &["--served-model-name".into(), "tiny".into()]].concat();
     options.node_flags = debug.into();
-    options.node_flags.extend(["--log-format", "json", "--transport", transport].map(String::from));
+    options.node_flags.extend(["--transport", transport].map(String::from));
     options
 }
 
@@ -18,23 +18,11 @@ fn prompt() -> String {
     "Once upon a time there was a lamp. ".repeat(60)
 }
 
-fn fetch(url: &str) -> (u16, String) {
-    let config = ureq::Agent::config_builder().http_status_as_error(false).build();
-    let mut answer = ureq::Agent::from(config).get(url).call().expect("it answers");
-    (answer.status().as_u16(), answer.body_mut().read_to_string().expect("a body"))
-}
-
-/// The lines of a process's log.
-fn lines(cluster: &mut Cluster, process: &str) -> Vec<Value> {
-    let log = cluster.process(process).log();
-    log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
-}
-
 /// What a process logged of something, once it has logged `last` of it.
 fn logged_until(cluster: &mut Cluster, process: &str, last: &str, of: impl Fn(&Value) -> bool) -> Vec<Value> {
     let until = Instant::now() + Duration::from_secs(10);
     loop {
-        let lines: Vec<Value> = lines(cluster, process).into_iter().filter(&of).collect();
+        let lines: Vec<Value> = cluster.process(process).log_lines().into_iter().filter(&of).collect();
         if lines.iter().any(|line| line["message"] == last) {
             return lines;
         }
@@ -43,29 +31,14 @@ fn logged_until(cluster: &mut Cluster, process: &str, last: &str, of: impl Fn(&V
     }
 }
 
-/// Where a node serves its status.
-fn status_url(cluster: &mut Cluster, node: &str) -> String {
-    let lines = lines(cluster, node);
-    let line = lines.iter().find(|line| line["message"] == "serving status").expect("it says where");
-    format!("http://{}", line["http"].as_str().expect("an address"))
-}
-
-/// The value of a node's metric, by its name and a part of its labels.
-fn metric(metrics: &str, name: &str, label: &str) -> Option<f64> {
-    let of = |line: &&str| {
-        line.starts_with(name) && line[name.len()..].starts_with(['{', ' ']) && line.contains(label)
-    };
-    metrics.lines().find(of)?.rsplit(' ').next()?.parse().ok()
-}
-
 #[test]
 fn every_node_tells_what_moved_and_how() {
     for (transport, path) in [("auto", "shm"), ("quic", "quic")] {
         let mut cluster = Cluster::start(&logged(transport));
         let body = json!({"model": "tiny", "prompt": prompt(), "max_tokens": 8, "ignore_eos": true});
         assert_eq!(cluster.post("/v1/completions", &body.to_string()).0, 200);
-        let urls = ["prefill-0", "decode-0"].map(|node| status_url(&mut cluster, node));
-        let [prefill, decode] = urls.each_ref().map(|url| fetch(&format!("{url}/metrics")).1);
+        let nodes = ["prefill-0", "decode-0"];
+        let [prefill, decode] = nodes.map(|node| cluster.node_page(node, "/metrics").1);
 
         let by_path = format!("path=\"{path}\"");
         let sent = metric(&prefill, "tandem_transport_bytes_sent_total", &by_path);
@@ -82,11 +55,11 @@ fn every_node_tells_what_moved_and_how() {
             assert_eq!(metric(metrics, "tandem_node_ready", ""), Some(1.0));
         }
 
-        for (url, role) in urls.iter().zip(["prefill", "decode"]) {
-            assert_eq!(fetch(&format!("{url}/health")).0, 200);
-            assert_eq!(fetch(&format!("{url}/ready")), (200, r#"{"status":"ready"}"#.into()));
-            assert_eq!(fetch(&format!("{url}/nothing")).0, 404);
-            let status: Value = serde_json::from_str(&fetch(&format!("{url}/status")).1).expect("JSON");
+        for (node, role) in nodes.into_iter().zip(["prefill", "decode"]) {
+            assert_eq!(cluster.node_page(node, "/health").0, 200);
+            assert_eq!(cluster.node_page(node, "/ready"), (200, r#"{"status":"ready"}"#.into()));
+            assert_eq!(cluster.node_page(node, "/nothing").0, 404);
+            let status: Value = serde_json::from_str(&cluster.node_page(node, "/status").1).expect("JSON");
             assert_eq!(status["role"], role);
             assert_eq!(status["model"]["name"], "tiny", "{status}");
             assert_eq!(status["peers"][0]["path"], path, "{status}");
@@ -94,7 +67,7 @@ fn every_node_tells_what_moved_and_how() {
         }
         cluster.process("router").kill();
         let until = Instant::now() + Duration::from_secs(10);
-        while fetch(&format!("{}/ready", urls[0])).0 != 503 {
+        while cluster.node_page(nodes[0], "/ready").0 != 503 {
             assert!(Instant::now() < until, "the node still counts on its router");
             std::thread::sleep(Duration::from_millis(20));
         }

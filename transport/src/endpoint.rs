@@ -91,6 +91,10 @@ pub enum BindError {
         /// What it may be.
         allowed: &'static str,
     },
+    /// RDMA that was asked for, by its devices' names or as the only path, cannot be had.
+    #[cfg(feature = "rdma")]
+    #[error("RDMA was asked for and cannot be used: {0}")]
+    Rdma(String),
     /// A thread cannot be started.
     #[error("cannot start a transport thread: {0}")]
     Thread(#[source] io::Error),

@@ -97,6 +97,26 @@ fn transfer(nodes: &mut [NetTransport; 2], seed: u8) {
 }
 
 #[test]
+fn devices_that_were_asked_for_must_be_there() {
+    let dir = std::env::temp_dir().join(format!("tandem-rdma-asked-{}", std::process::id()));
+    let identity = Identity::load_or_create(&dir).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    let known: Vec<String> = (0..2).filter_map(|n| std::env::var(format!("RDMA_VM_DEV{n}")).ok()).collect();
+    let bind = |devices: &[&str]| {
+        let rdma_devices = devices.iter().map(|name| (*name).to_owned()).collect();
+        let config = NetConfig { rdma_devices, ..NetConfig::default() };
+        let bound = NetTransport::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &identity, WRITER, config);
+        bound.map(drop).map_err(|error| error.to_string())
+    };
+    assert_eq!(bind(&[]), Ok(()), "whatever there is will do");
+    for beside in known.iter().map(Some).chain([None]) {
+        let devices: Vec<&str> = beside.map(String::as_str).into_iter().chain(["none such"]).collect();
+        let refused = bind(&devices).expect_err("there is no such device");
+        assert!(known.iter().all(|name| refused.contains(name)), "{refused}");
+    }
+}
+
+#[test]
 fn a_link_that_comes_back_is_taken_again() {
     let _alone = alone();
     let Some((identity, _)) = identity() else { return };

@@ -57,7 +57,8 @@ pub struct NetConfig {
     pub tls_turns: Option<usize>,
     /// Writes that are sent at once on each QUIC connection. More would only mix their bytes.
     pub streams: usize,
-    /// RDMA devices to use, by name; all that there are if empty.
+    /// RDMA devices to use, by name: each must be there. If empty, all that there are. Without feature `rdma` there
+    /// are none.
     pub rdma_devices: Vec<String>,
     /// Unreported writes to one peer, at most.
     pub write_limit: usize,
@@ -251,7 +252,7 @@ impl NetTransport {
                 None
             }
         });
-        let node = Arc::new(Node::new(local, config, workers, shm, tls, seed));
+        let node = Arc::new(Node::new(local, config, workers, shm, tls, seed)?);
         if node.tls().is_some() {
             let accepting = Arc::clone(&node);
             node.spawn("tls-accept".into(), move || tls::accept(&accepting)).map_err(BindError::Thread)?;

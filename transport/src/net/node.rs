@@ -5,7 +5,7 @@ use super::header::Header;
 use super::lane::{Generation, Lane, LaneId, Path};
 use super::life::{Life, MAX_PARTS, Moved, Phase, Remains, Settled};
 use super::{NetConfig, NetMetrics};
-use crate::endpoint::Bound;
+use crate::endpoint::{BindError, Bound};
 use crate::events::EventQueue;
 use crate::handshake::{
     Choice, CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits,
@@ -163,18 +163,20 @@ async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err("the transport is stopping".into()))
 }
 
-/// The devices that are wanted, if there are any. Says which, or why there are none.
+/// The devices that are wanted, if there are any. Says which, or why there are none; those that were named must be
+/// there, and one if there is no other path.
 #[cfg(feature = "rdma")]
-fn rdma_devices(config: &NetConfig) -> Option<Arc<Rdma>> {
+fn rdma_devices(config: &NetConfig) -> Result<Option<Arc<Rdma>>, BindError> {
     if !config.paths.contains(&Path::Rdma) {
-        return None;
+        return Ok(None);
     }
     match Rdma::open(RdmaConfig { devices: config.rdma_devices.clone(), ..RdmaConfig::default() }) {
-        Ok(rdma) => Some(Arc::new(rdma)),
-        Err(error) => {
+        Ok(rdma) => Ok(Some(Arc::new(rdma))),
+        Err(error) if config.rdma_devices.is_empty() && config.paths != [Path::Rdma] => {
             tracing::info!(%error, "no RDMA");
-            None
+            Ok(None)
         }
+        Err(error) => Err(BindError::Rdma(error.to_string())),
     }
 }
 
@@ -186,8 +188,8 @@ impl Node {
         shm: Option<shm::Listener>,
         tls: Option<tls::Listener>,
         seed: u64,
-    ) -> Node {
-        Node {
+    ) -> Result<Node, BindError> {
+        Ok(Node {
             local,
             windows: Windows::default(),
             workers,
@@ -198,12 +200,12 @@ impl Node {
             shm,
             tls,
             #[cfg(feature = "rdma")]
-            rdma: rdma_devices(&config),
+            rdma: rdma_devices(&config)?,
             config,
             threads: Mutex::default(),
             keys: Mutex::new(Rng::new(seed)),
             counters: Counters::default(),
-        }
+        })
     }
 
     /// Starts a thread that ends with its lane or with the node.

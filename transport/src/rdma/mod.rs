@@ -95,11 +95,12 @@ impl Rdma {
             );
             if ports > 0 {
                 adapters.push(Arc::new(adapter));
+            } else if !config.devices.is_empty() {
+                return Err(VerbsError::NoDevice(format!("{device} with a port that can be used")));
             }
         }
         if adapters.is_empty() {
-            let name = config.devices.first().map_or("any", String::as_str);
-            return Err(VerbsError::NoDevice(format!("{name} with an active port")));
+            return Err(VerbsError::NoDevice("with a port that can be used".into()));
         }
         // Near ones first, else in an order that is the same on equal hosts, so that equal ports are wired to each
         // other.

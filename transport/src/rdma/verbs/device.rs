@@ -111,7 +111,7 @@ impl Device {
             Some(unsafe { ffi::ibv_open_device(*device) })
         })?;
         let Some(context) = context else {
-            return Err(VerbsError::NoDevice(name.into()));
+            return Err(VerbsError::UnknownDevice { name: name.into(), known: names()? });
         };
         if context.is_null() {
             return Err(refused(name, "be opened", io::Error::last_os_error()));

@@ -35,9 +35,12 @@ pub(crate) enum VerbsError {
     /// The kernel has no verbs.
     #[error("the kernel has no RDMA: load the NIC's driver and ib_uverbs ({0})")]
     NoKernel(#[source] io::Error),
-    /// No device of that name.
-    #[error("there is no RDMA device {0}: `ibv_devices` lists them")]
+    /// No device that fits; for some of the reasons a line in the log came before.
+    #[error("there is no RDMA device {0}")]
     NoDevice(String),
+    /// No device of that name.
+    #[error("there is no RDMA device {name:?}: this host has {}", listed(.known))]
+    UnknownDevice { name: String, known: Vec<String> },
     /// A device whose GID table leads nowhere, or whose port is down.
     #[error("port {port} of {device} cannot be used: {reason}")]
     Port { device: String, port: u8, reason: String },
@@ -67,6 +70,10 @@ pub(crate) enum VerbsError {
         #[source]
         source: io::Error,
     },
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "none".into() } else { names.join(", ") }
 }
 
 /// What verbs that answer with an error number said.

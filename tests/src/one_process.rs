@@ -1,0 +1,113 @@
+//! What one process computes by itself, and whether a cluster's answers are that: to the last bit of every log
+//! probability.
+
+use crate::processes::Cluster;
+use serde_json::{Value, json};
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use tandem_engine::single::{GenRequest, GenResult, SingleProcess};
+use tandem_engine::{CpuEngine, LoadOptions};
+use tandem_proto::ids::{ChoiceIdx, TokenId};
+use tandem_proto::wire::SamplingParams;
+
+const ANSWER_TOKENS: u32 = 12;
+
+/// As many prompts, of 1 to `longest` tokens, evenly spread, of arbitrary tokens; some begin like others.
+#[must_use]
+pub fn prompts(count: usize, longest: usize) -> Vec<Vec<TokenId>> {
+    let mut state = 0x1234_5678_9abc_def0u64;
+    let mut draw = move |below: u64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) % below
+    };
+    let mut prompts: Vec<Vec<TokenId>> = Vec::new();
+    for n in 0..count {
+        let len = 1 + n * (longest - 1) / (count - 1);
+        let mut prompt = if n % 4 == 3 { prompts[draw(n as u64) as usize].clone() } else { Vec::new() };
+        prompt.truncate(len);
+        while prompt.len() < len {
+            prompt.push(TokenId(draw(4090) as u32 + 6));
+        }
+        prompts.push(prompt);
+    }
+    prompts
+}
+
+/// The cluster's answers, in the prompts' order. Its model is to be served as `tiny`.
+///
+/// # Panics
+/// When a prompt is not answered.
+#[must_use]
+pub fn ask(cluster: &Cluster, prompts: &[Vec<TokenId>], concurrent: usize) -> Vec<Value> {
+    let answers: Vec<Mutex<Option<Value>>> = prompts.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..concurrent {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(prompt) = prompts.get(at) else { return };
+                    *answers[at].lock().expect("one writer") = Some(answer(cluster, prompt));
+                }
+            });
+        }
+    });
+    let answered = |answer: Mutex<Option<Value>>| answer.into_inner().expect("one writer");
+    answers.into_iter().map(|answer| answered(answer).expect("every prompt was answered")).collect()
+}
+
+fn answer(cluster: &Cluster, prompt: &[TokenId]) -> Value {
+    let body = json!({
+        "model": "tiny",
+        "prompt": prompt.iter().map(|token| token.0).collect::<Vec<_>>(),
+        "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": true, "logprobs": 2,
+    });
+    let (status, answer) = cluster.post("/v1/completions", &body.to_string());
+    assert_eq!(status, 200, "{answer}");
+    serde_json::from_str(&answer).expect("the answer is JSON")
+}
+
+/// Compares each answer with what one process computes for its prompt.
+///
+/// # Panics
+/// When they differ.
+pub fn assert_computes_the_same(model: &Path, prompts: &[Vec<TokenId>], answers: &[Value]) {
+    let text = tandem_text::TextModel::load(model).expect("the model's tokenizer loads");
+    assert_eq!(prompts.len(), answers.len());
+    for (at, (expected, answer)) in computed(model, prompts).iter().zip(answers).enumerate() {
+        let tokens: Vec<_> = expected.tokens.iter().map(|sampled| sampled.token).collect();
+        let bits: Vec<_> =
+            expected.tokens.iter().filter_map(|s| s.logprobs.as_ref()).map(|l| l.chosen.to_bits()).collect();
+        let len = prompts[at].len();
+        assert_eq!(bits.len(), ANSWER_TOKENS as usize);
+        assert_eq!(chosen(answer), bits, "prompt {at} of {len} tokens: log probabilities");
+        let said = answer["choices"][0]["text"].as_str().expect("a text");
+        let expected = text.tokenizer.decode(&tokens, true).expect("its own tokens");
+        assert_eq!(said, expected, "prompt {at} of {len} tokens");
+        assert_eq!(answer["usage"]["prompt_tokens"], len);
+    }
+}
+
+fn computed(model: &Path, prompts: &[Vec<TokenId>]) -> Vec<GenResult> {
+    let engine = CpuEngine::load(model, LoadOptions::default()).expect("the model loads");
+    let mut single = SingleProcess::new(engine, 8192, 512).expect("room for the KV");
+    let requests: Vec<_> = prompts
+        .iter()
+        .map(|prompt| GenRequest {
+            prompt: prompt.clone(),
+            sampling: SamplingParams { temperature: 0.0, top_logprobs: Some(2), ..SamplingParams::default() },
+            choice: ChoiceIdx(0),
+            max_tokens: ANSWER_TOKENS,
+            stop_tokens: Vec::new(),
+        })
+        .collect();
+    single.generate(&requests).expect("it generates")
+}
+
+/// The log probabilities of the chosen tokens, as bits.
+fn chosen(answer: &Value) -> Vec<u32> {
+    let logprobs =
+        answer["choices"][0]["logprobs"]["token_logprobs"].as_array().expect("they were asked for");
+    logprobs.iter().map(|value| (value.as_f64().expect("a number") as f32).to_bits()).collect()
+}
