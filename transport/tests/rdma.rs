@@ -4,6 +4,7 @@
 
 use std::io::{BufRead, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,21 +39,47 @@ fn node(identity: &Identity, id: NodeId, device: &str, change: impl FnOnce(&mut 
     NetTransport::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, id, config).unwrap()
 }
 
-/// Polls both until `done` says so.
+/// Polls both until `done` says so of what came.
 fn poll(
     nodes: &mut [NetTransport; 2],
     what: &str,
     mut done: impl FnMut(&[Vec<Event>; 2]) -> bool,
 ) -> [Vec<Event>; 2] {
     let (began, mut seen) = (Instant::now(), [Vec::new(), Vec::new()]);
-    while !done(&seen) {
-        assert!(began.elapsed() < PATIENCE, "{what} did not come: {seen:?}");
+    loop {
         for (node, seen) in nodes.iter_mut().zip(&mut seen) {
             node.poll(seen);
         }
+        if done(&seen) {
+            return seen;
+        }
+        assert!(began.elapsed() < PATIENCE, "{what} did not come: {seen:?}");
         std::thread::sleep(Duration::from_millis(1));
     }
-    seen
+}
+
+/// Writes to the same place in `target` as they have in `source`, whose bytes must be there from the moment that the
+/// landing is told: at the end they would be in any case.
+struct Landings<'a> {
+    source: &'a HostRegion,
+    target: &'a HostRegion,
+    /// By their immediate, of those that have not landed.
+    places: Vec<Option<Range<usize>>>,
+}
+
+impl<'a> Landings<'a> {
+    fn new(source: &'a HostRegion, target: &'a HostRegion) -> Landings<'a> {
+        Landings { source, target, places: Vec::new() }
+    }
+
+    fn compare(&mut self, events: &[Event]) {
+        for event in events {
+            let Event::Landed { immediate, .. } = event else { continue };
+            let Some(place) = self.places[*immediate as usize].take() else { continue };
+            let [source, target] = [self.source, self.target].map(|memory| &bytes(memory)[place.clone()]);
+            assert!(source == target, "write {immediate} was told before it was whole");
+        }
+    }
 }
 
 fn fill(memory: &HostRegion, seed: u8) {
@@ -71,12 +98,17 @@ fn transfer(nodes: &mut [NetTransport; 2], seed: u8) {
     let windows: Vec<_> = (0..WRITES)
         .map(|write| nodes[1].open_window(WRITER, region, write * LEN..(write + 1) * LEN).unwrap())
         .collect();
+    let mut landings = Landings::new(&source, &target);
     for (write, window) in windows.iter().enumerate() {
+        landings.places.push(Some(write * LEN..(write + 1) * LEN));
         let source = source.extent(write * LEN..(write + 1) * LEN).unwrap();
         let (ticket, immediate) = (write as u64, write as u32);
         nodes[0].submit(READER, Write { ticket, source, window: *window, offset: 0, immediate }).unwrap();
     }
-    let seen = poll(nodes, "all writes", |seen| seen.iter().all(|seen| seen.len() >= WRITES));
+    let seen = poll(nodes, "all writes", |seen| {
+        landings.compare(&seen[1]);
+        seen.iter().all(|seen| seen.len() >= WRITES)
+    });
     for (node, events) in seen.iter().enumerate() {
         let mut names: Vec<u64> = events
             .iter()
@@ -167,7 +199,9 @@ fn a_link_that_is_cut_costs_no_write() {
     nodes[0].connect(READER, address);
     poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
     assert_eq!([nodes[0].path(READER), nodes[1].path(WRITER)], [Some(Path::Rdma); 2]);
+    let mut landings = Landings::new(&source, &target);
     for write in 0..WRITES {
+        landings.places.push(Some(write * LEN..(write + 1) * LEN));
         let window = nodes[1].open_window(WRITER, region, write * LEN..(write + 1) * LEN).unwrap();
         let source = source.extent(write * LEN..(write + 1) * LEN).unwrap();
         let write = Write { ticket: write as u64, source, window, offset: 0, immediate: write as u32 };
@@ -175,13 +209,19 @@ fn a_link_that_is_cut_costs_no_write() {
     }
     // Its process takes as long to start as half of the writes take.
     let mut cutting = Command::new("sh").args(["-c", CUT]).spawn().unwrap();
-    let first = poll(&mut nodes, "the first landing", |seen| !seen[1].is_empty());
+    let first = poll(&mut nodes, "the first landing", |seen| {
+        landings.compare(&seen[1]);
+        !seen[1].is_empty()
+    });
     assert!(cutting.wait().unwrap().success());
     let dark = Dark;
     let cut = Instant::now();
     let over_rdma = nodes[1].metrics().paths[Path::Rdma as usize].writes_landed;
     let left = [0, 1].map(|node: usize| WRITES - first[node].len());
-    let rest = poll(&mut nodes, "the rest", |seen| seen[0].len() >= left[0] && seen[1].len() >= left[1]);
+    let rest = poll(&mut nodes, "the rest", |seen| {
+        landings.compare(&seen[1]);
+        seen[0].len() >= left[0] && seen[1].len() >= left[1]
+    });
     println!("{over_rdma} of {WRITES} writes landed over RDMA; all had, {:?} after the cut", cut.elapsed());
     assert_eq!(nodes[0].path(READER), Some(Path::Quic));
     drop(dark);
@@ -250,6 +290,12 @@ fn bytes(memory: &HostRegion) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(memory.base(), memory.len()) }
 }
 
+fn place(rng: &mut u64) -> Range<usize> {
+    let len = 1 + random(rng, 300_000);
+    let at = random(rng, REGION - len);
+    at..at + len
+}
+
 /// Submits a write of random size to its place in the peer's window. False when no more may wait.
 fn submit(
     node: &mut NetTransport,
@@ -259,16 +305,19 @@ fn submit(
     n: u64,
     rng: &mut u64,
 ) -> bool {
-    let len = 1 + random(rng, 300_000);
-    let at = random(rng, REGION - len);
-    let source = memory.extent(at..at + len).unwrap();
-    let write = Write { ticket: n, source, window, offset: at as u64, immediate: n as u32 };
+    let place = place(rng);
+    let offset = place.start as u64;
+    let source = memory.extent(place).unwrap();
+    let write = Write { ticket: n, source, window, offset, immediate: n as u32 };
     node.submit(to, write).is_ok()
 }
 
 fn numbers(line: &str) -> Vec<u64> {
     line.split_whitespace().filter_map(|word| word.parse().ok()).collect()
 }
+
+/// Of the places that the other process writes to.
+const THEIR_SEED: u64 = 99;
 
 /// The other process of `either_process_is_killed`: writes as much as it can, until it is killed.
 #[test]
@@ -293,7 +342,7 @@ fn the_other_process() {
     std::io::stdin().read_line(&mut line).unwrap();
     let [region, key, offset, len] = numbers(&line)[..] else { panic!("{line}") };
     let theirs = Window { region: region as u32, key, offset, len };
-    let (mut n, mut rng) = (0, 99);
+    let (mut n, mut rng) = (0, THEIR_SEED);
     loop {
         while submit(&mut node, WRITER, &source, theirs, n, &mut rng) {
             n += 1;
@@ -351,12 +400,16 @@ fn either_process_is_killed() {
         // Both write; then the other one ends at any point of it.
         let (began, alive_for) = (Instant::now(), Duration::from_millis(20 + random(&mut rng, 150) as u64));
         let (mut n, mut landed) = (0, 0);
+        let mut landings = Landings::new(&source, &target);
+        let mut theirs_rng = THEIR_SEED;
+        landings.places.extend((0..10_000).map(|_| Some(place(&mut theirs_rng))));
         events.clear();
         while began.elapsed() < alive_for {
             while submit(&mut node, READER, &source, theirs, n, &mut rng) {
                 n += 1;
             }
             node.poll(&mut events);
+            landings.compare(&events);
             std::thread::sleep(Duration::from_micros(200));
         }
         child.kill().unwrap();
