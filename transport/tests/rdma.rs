@@ -208,7 +208,7 @@ fn a_link_that_is_cut_costs_no_write() {
         nodes[0].submit(READER, write).unwrap();
     }
     // Its process takes as long to start as half of the writes take.
-    let mut cutting = Command::new("sh").args(["-c", CUT]).spawn().unwrap();
+    let mut cutting = Command::new("sh").args(["-c", CUT_ANSWERS_FIRST]).spawn().unwrap();
     let first = poll(&mut nodes, "the first landing", |seen| {
         landings.compare(&seen[1]);
         !seen[1].is_empty()
@@ -473,6 +473,9 @@ impl Drop for Dark {
 }
 
 const CUT: &str = "for link in eth0 eth1; do tc qdisc add dev $link root netem loss 100%; done";
+/// Writes land meanwhile that are not answered, and so are repeated.
+const CUT_ANSWERS_FIRST: &str = "tc qdisc add dev eth1 root netem loss 100%; sleep 0.1; \
+                                 tc qdisc add dev eth0 root netem loss 100%";
 /// Neighbours that did not answer meanwhile are asked anew.
 const MEND: &str = "for link in eth0 eth1; do tc qdisc del dev $link root; done; ip neighbour flush all; \
                     ip neighbour replace 10.77.0.2 dev eth0 use; ip neighbour replace 10.77.0.1 dev eth1 use";
