@@ -42,6 +42,8 @@ pub(crate) struct Link {
     /// Encoded, to be sent.
     acks: Mutex<Vec<u8>>,
     more_acks: Notify,
+    /// Writes landed, and the node loop is to be told.
+    landed: Notify,
 }
 
 #[derive(Default)]
@@ -74,6 +76,7 @@ impl Link {
             more_answers: Notify::new(),
             acks: Mutex::default(),
             more_acks: Notify::new(),
+            landed: Notify::new(),
         })
     }
 
@@ -83,6 +86,7 @@ impl Link {
         lock(&self.jobs).clear();
         self.more_jobs.notify_waiters();
         self.more_acks.notify_waiters();
+        self.landed.notify_one();
     }
 
     fn is_closed(&self) -> bool {
@@ -221,13 +225,23 @@ impl Link {
         if received != len {
             return Err(RuleBroken("write shorter than its header says"));
         }
-        if landing.complete(|| node.report_landed(life.peer, immediate, len, window.key)) {
+        if landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, window.key)) {
             node.count_landed(life, Path::Quic, len);
+            self.landed.notify_one();
             self.acknowledge(Ack { sequence, landed: true });
         } else {
             self.refuse(node, life, stream, &header);
         }
         Ok(())
+    }
+
+    /// Tells the node loop of what landed: once for all writes that end with the packets that came in together, because
+    /// this waits its turn behind their tasks.
+    async fn tell_landed(self: Arc<Self>, node: Arc<Node>) {
+        while !self.is_closed() {
+            self.landed.notified().await;
+            node.wake();
+        }
     }
 
     fn refuse(&self, node: &Node, life: &Life, mut stream: RecvStream, header: &Header) {
@@ -330,6 +344,7 @@ impl Lane for Link {
                 return;
             };
             tokio::spawn(Arc::clone(&self).send_acks(acks));
+            tokio::spawn(Arc::clone(&self).tell_landed(Arc::clone(&node)));
             for _ in 0..node.config.streams {
                 tokio::spawn(Arc::clone(&self).send_writes(Arc::clone(&node), Arc::clone(&life)));
             }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
+use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
@@ -39,15 +40,13 @@ fn pair(identity: &Identity, paths: &[Path]) -> [Node; 2] {
 }
 
 fn pair_that_repairs(identity: &Identity, paths: &[Path], pause: Duration) -> [Node; 2] {
+    pair_with(identity, NetConfig { paths: paths.to_vec(), repair: pause..=pause, ..NetConfig::default() })
+}
+
+fn pair_with(identity: &Identity, config: NetConfig) -> [Node; 2] {
+    let config = NetConfig { tls_connections: 2, tls_turns: Some(2), ..config };
     let mut nodes = [0, 1].map(|node| {
-        let config = NetConfig {
-            paths: paths.to_vec(),
-            tls_connections: 2,
-            tls_turns: Some(2),
-            repair: pause..=pause,
-            ..NetConfig::default()
-        };
-        let mut transport = NetTransport::bind(ANY, identity, id(node), config).unwrap();
+        let mut transport = NetTransport::bind(ANY, identity, id(node), config.clone()).unwrap();
         let memory = HostRegion::map(REGION).unwrap();
         let region = transport.register(Arc::clone(&memory)).unwrap();
         Node { transport, memory, region, events: Vec::new() }
@@ -119,6 +118,51 @@ fn open_files() -> usize {
 fn mappings() -> usize {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     maps.lines().filter(|line| line.contains("memfd:tandem")).count()
+}
+
+struct Unpark(std::thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// A node loop that sleeps until it is woken hears of every landing, also when it has room for few events.
+#[test]
+fn who_sleeps_is_woken_however_few_events_there_may_be() {
+    let identity = identity();
+    for path in [Path::Shm, Path::Tls, Path::Quic] {
+        let config = NetConfig { paths: vec![path], event_limit: 2, ..NetConfig::default() };
+        let mut nodes = pair_with(&identity, config);
+        let region = nodes[1].region;
+        let window = nodes[1].transport.open_window(id(0), region, 0..REGION).unwrap();
+        let [writer, sleeper] = &mut nodes;
+        std::thread::scope(|scope| {
+            let sleeping = scope.spawn(move || {
+                sleeper.transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
+                let (begun, mut landed, mut events) = (Instant::now(), 0, Vec::new());
+                loop {
+                    sleeper.transport.poll(&mut events);
+                    landed += events.drain(..).filter(|e| matches!(e, Event::Landed { .. })).count();
+                    if landed == 100 {
+                        break;
+                    }
+                    std::thread::park_timeout(PATIENCE);
+                    assert!(begun.elapsed() < PATIENCE, "{path}: not woken after {landed} landings");
+                }
+            });
+            for ticket in 0..100 {
+                let source = writer.memory.extent(0..ticket as usize % 3 * 1000).unwrap();
+                let write = Write { ticket, source, window, offset: 0, immediate: 0 };
+                writer.transport.submit(id(1), write).unwrap();
+            }
+            while !sleeping.is_finished() {
+                writer.transport.poll(&mut writer.events);
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        });
+    }
 }
 
 #[test]

@@ -119,7 +119,7 @@ impl Job {
 /// One way for the writes of a life, in both directions.
 ///
 /// A lane lands the peer's writes through the node's windows and answers each, and settles its own when they
-/// are answered: [`Node::settle`]. When it fails while the life goes on it says so, once, with
+/// are answered: [`Node::settle_quietly`]. When it fails while the life goes on it says so, once, with
 /// [`Node::lane_failed`]; all lanes of its generation are left then, and what they have not settled is repeated on
 /// others. It answers what has landed only after [`Life::note_landed`], so that what is repeated for want of an answer
 /// lands once.

@@ -329,15 +329,29 @@ impl Node {
             let polled = self.polled.notified();
             tokio::pin!(polled);
             polled.as_mut().enable();
-            if lock(&self.outbox).events.len() < self.config.event_limit {
+            if !self.is_full() {
                 return;
             }
             polled.await;
         }
     }
 
+    /// Whether there are as many events as there may be. Then the node loop is woken: who waits for it may be who would
+    /// have told it of some later.
+    fn is_full(&self) -> bool {
+        let outbox = lock(&self.outbox);
+        let full = outbox.events.len() >= self.config.event_limit;
+        if full {
+            Node::wake_with(outbox);
+        }
+        full
+    }
+
     /// As [`Node::until_polled`], for a thread; false if that takes longer than `at_most`.
     pub(crate) fn wait_until_polled(&self, at_most: Duration) -> bool {
+        if !self.is_full() {
+            return true;
+        }
         let outbox = lock(&self.outbox);
         let full = |outbox: &mut Outbox| outbox.events.len() >= self.config.event_limit;
         let waited = self.polled_too.wait_timeout_while(outbox, at_most, full);
@@ -378,33 +392,14 @@ impl Node {
         }
     }
 
-    pub(crate) fn report_landed(&self, peer: NodeId, immediate: u32, len: u64, key: u64) {
-        self.report(|events| events.push_landed(peer, immediate, len, key));
-    }
-
-    /// As [`Node::report_landed`]; the caller wakes the node loop when it has more to tell.
+    /// The caller wakes the node loop, now or when it has more to tell: each time is a switch of threads.
     pub(crate) fn report_landed_quietly(&self, peer: NodeId, immediate: u32, len: u64, key: u64) {
         lock(&self.outbox).events.push_landed(peer, immediate, len, key);
     }
 
-    pub(crate) fn settle(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
-        self.settle_by(life, lane, sequence, landed, |event| self.report(|events| events.push(event)));
-    }
-
-    /// As [`Node::settle`]; the caller wakes the node loop when it has more to tell.
+    /// The caller wakes the node loop, now or when it has more to tell.
     pub(crate) fn settle_quietly(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
         let report = |event| lock(&self.outbox).events.push(event);
-        self.settle_by(life, lane, sequence, landed, report);
-    }
-
-    fn settle_by(
-        &self,
-        life: &Life,
-        lane: &dyn Lane,
-        sequence: u64,
-        landed: bool,
-        report: impl FnOnce(Event),
-    ) {
         if let Some(Settled { landed, bytes, took }) = life.settle(lane.id(), sequence, landed, report) {
             self.count(life, lane.path(), |counters| match landed {
                 true => counters.sent(bytes, took),

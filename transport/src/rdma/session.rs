@@ -135,17 +135,19 @@ impl Session for NetSession {
     fn land(&self, landing: &Landing, header: &Header) -> Option<bool> {
         let Header { len, immediate, sequence, floor, .. } = *header;
         let peer = self.life.peer;
-        if !landing.complete(|| self.node.report_landed(peer, immediate, len, landing.key())) {
+        if !landing.complete(|| self.node.report_landed_quietly(peer, immediate, len, landing.key())) {
             self.node.note_refused(&self.life, Path::Rdma, header);
             return Some(false);
         }
+        self.node.wake();
         self.node.count_landed(&self.life, Path::Rdma, len);
         self.life.note_landed(sequence, floor).ok().map(|()| true)
     }
 
     fn settle(&self, sequence: u64, landed: bool) {
         if let Some(lane) = self.lane.upgrade() {
-            self.node.settle(&self.life, &*lane, sequence, landed);
+            self.node.settle_quietly(&self.life, &*lane, sequence, landed);
+            self.node.wake();
         }
     }
 

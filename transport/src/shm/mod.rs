@@ -285,6 +285,8 @@ impl ShmLane {
 
     fn run(&self, node: &Arc<Node>, life: &Arc<Life>, incoming: Incoming) {
         let outcome = self.serve(node, life, incoming);
+        // It may have ended between a landing and telling of it.
+        node.wake();
         if let Err(error) = outcome
             && !self.is_closed()
         {

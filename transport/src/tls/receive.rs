@@ -82,12 +82,13 @@ impl Receiver {
                     opened.take(at, &record)?;
                 }
                 Ok(())
-            })?;
-            if taken.is_none() {
+            });
+            // One wake-up of a writing thread, and of the node loop, for all that came in at once.
+            at.lane.send_answers();
+            at.node.wake();
+            if taken?.is_none() {
                 return Ok(());
             }
-            // One wake-up of a writing thread for all that came in at once.
-            at.lane.send_answers();
             drop(kept);
         }
     }
@@ -162,7 +163,7 @@ impl Opened {
                     let Ack { sequence, landed } =
                         ack.ok_or(TlsError::Rule("it sent an acknowledgement that is none"))?;
                     at.lane.answered(sequence)?;
-                    at.node.settle(at.life, at.lane, sequence, landed);
+                    at.node.settle_quietly(at.life, at.lane, sequence, landed);
                 }
                 Ok(())
             }
@@ -202,7 +203,7 @@ impl Opened {
         at.lane.with_landing(|| {
             let (node, peer) = (at.node, at.life.peer);
             let landed = landing.land(offset + body, tail)
-                && landing.complete(|| node.report_landed(peer, immediate, len, window.key));
+                && landing.complete(|| node.report_landed_quietly(peer, immediate, len, window.key));
             if landed {
                 node.count_landed(at.life, Path::Tls, len);
                 at.life
