@@ -242,14 +242,8 @@ fn report(options: &Options, figures: &Figures) -> anyhow::Result<()> {
             figures.0.iter().map(|(name, values)| (name.clone(), json!(values))).collect();
         let ratios: serde_json::Map<_, _> =
             ratios.into_iter().map(|(what, value)| (what, json!(value))).collect();
-        let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let cpu = cpu
-            .lines()
-            .find_map(|line| line.strip_prefix("model name"))
-            .unwrap_or("")
-            .trim_start_matches(['\t', ':', ' ']);
         let command: Vec<_> = std::env::args().collect();
-        let all = json!({"cpu": cpu, "threads": options.threads, "model": options.model, "command": command.join(" "), "measured": values, "ratios": ratios});
+        let all = json!({"cpu": tandem_benches::cpu_model(), "threads": options.threads, "model": options.model, "command": command.join(" "), "measured": values, "ratios": ratios});
         std::fs::write(file, serde_json::to_string_pretty(&all)?)
             .with_context(|| format!("{}", file.display()))?;
     }

@@ -118,7 +118,7 @@ impl Sealed {
                         continue;
                     }
                 }
-                if write.at < write.body && write.go_on(lane, &mut self.sealing, batch)? {
+                if write.go_on(lane, &mut self.sealing, batch)? {
                     self.write = Some(write);
                 } else {
                     lane.sealed(write.header.sequence, write.header.len);
@@ -133,7 +133,13 @@ impl Sealed {
                     Work::Do(answers, job) => {
                         self.answers = answers;
                         if let Some(job) = job {
-                            self.write = Some(Sending::begin(lane, &mut self.sealing, batch, job)?);
+                            let write = Sending::begin(lane, &mut self.sealing, batch, job)?;
+                            if write.body > 0 {
+                                self.write = Some(write);
+                            } else {
+                                // At once: it may have filled the batch, which is sent then.
+                                lane.sealed(write.header.sequence, write.header.len);
+                            }
                         }
                     }
                 }

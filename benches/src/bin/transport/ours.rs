@@ -1,27 +1,28 @@
-//! The transport, held to one path.
+//! The transport, held to one path. Each extent of a message is a write.
 
+use crate::end::{End, Landings, Memory};
 use crate::pattern::Slots;
-use crate::{PATIENCE, Sender, here};
+use crate::{PATIENCE, here};
 use anyhow::{Context, bail, ensure};
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
-use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, Transport, Tuning, Window, Write};
 
-const SENDER: NodeId = NodeId(1);
-const RECEIVER: NodeId = NodeId(2);
-
 pub(crate) fn config(path: Path, tuning: Tuning, connections: usize) -> NetConfig {
-    let config = NetConfig { paths: vec![path], tuning, write_limit: 4096, ..NetConfig::default() };
+    let config = NetConfig { paths: vec![path], tuning, write_limit: 1 << 20, ..NetConfig::default() };
     match path {
         Path::Quic => NetConfig { threads: connections, connections, ..config },
         Path::Tls => NetConfig { tls_connections: connections, ..config },
         Path::Shm | Path::Rdma => config,
     }
 }
+
+/// The immediate of messages that are sent one at a time: those of a run may be seen after its end.
+const LONE: u32 = 1;
 
 struct Unpark(Thread);
 
@@ -31,36 +32,105 @@ impl Wake for Unpark {
     }
 }
 
+/// A node, driven by a thread of its own that takes in what lands, as a node's loop does; while messages are sent,
+/// by the thread that sends them.
 pub(crate) struct Ours {
+    node: Arc<Mutex<Node>>,
+    hello: String,
+    idle: Thread,
+}
+
+struct Node {
     transport: NetTransport,
-    window: Window,
-    source: Arc<HostRegion>,
+    /// Those that messages are sent to, and what each opened.
+    peers: Vec<(NodeId, Window)>,
+    connected: BTreeSet<NodeId>,
+    memory: Memory,
     events: Vec<Event>,
+    landings: Arc<Landings>,
 }
 
 impl Ours {
-    pub(crate) fn connect(
-        hello: &str,
+    pub(crate) fn new(
+        index: usize,
         identity: &Identity,
         config: NetConfig,
-        source: Arc<HostRegion>,
+        memory: Memory,
+        landings: Arc<Landings>,
     ) -> anyhow::Result<Ours> {
-        let (addr, window) = hello.split_once(' ').context("address and window")?;
-        let window: Vec<u64> = window.split(' ').map(str::parse).collect::<Result<_, _>>()?;
-        let [region, key, offset, len] = window[..] else { bail!("a window has four numbers") };
-        let window = Window { region: region as u32, key, offset, len };
-        let mut transport = NetTransport::bind(here()?, identity, SENDER, config)?;
-        transport.register(Arc::clone(&source))?;
-        transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
-        transport.connect(RECEIVER, addr.parse()?);
-        let mut ours = Ours { transport, window, source, events: Vec::new() };
-        match ours.next(Instant::now() + PATIENCE)? {
-            Event::Connected { .. } => Ok(ours),
-            other => bail!("{other:?}"),
-        }
+        let mut transport = NetTransport::bind(here()?, identity, id(index), config)?;
+        transport.register(Arc::clone(&memory.source))?;
+        let region = transport.register(Arc::clone(&memory.landing))?;
+        // The first process sends to all others; if any sends back, it is the second.
+        let writer = id(usize::from(index == 0));
+        let Window { region, key, offset, len } =
+            transport.open_window(writer, region, 0..memory.landing.len())?;
+        let hello = format!("{index} {} {region} {key} {offset} {len}", transport.local_addr());
+        let node = Node {
+            transport,
+            peers: Vec::new(),
+            connected: BTreeSet::new(),
+            memory,
+            events: Vec::new(),
+            landings,
+        };
+        let node = Arc::new(Mutex::new(node));
+        let taken = Arc::clone(&node);
+        let idle = std::thread::spawn(move || {
+            loop {
+                let outcome = lock(&taken).take_in();
+                if let Err(error) = outcome {
+                    return eprintln!("{error:#}");
+                }
+                std::thread::park_timeout(PATIENCE);
+            }
+        });
+        Ok(Ours { node, hello, idle: idle.thread().clone() })
     }
 
-    fn next(&mut self, until: Instant) -> anyhow::Result<Event> {
+    /// Does something with the node, and leaves it to its thread again.
+    fn with<T>(&self, what: impl FnOnce(&mut Node) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let mut node = lock(&self.node);
+        node.be_woken();
+        let outcome = what(&mut node);
+        drop(node);
+        self.idle.unpark();
+        outcome
+    }
+}
+
+fn id(index: usize) -> NodeId {
+    NodeId(index as u64 + 1)
+}
+
+fn lock(node: &Mutex<Node>) -> MutexGuard<'_, Node> {
+    node.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Node {
+    /// Has this thread woken by what happens.
+    fn be_woken(&mut self) {
+        self.transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
+    }
+
+    fn take_in(&mut self) -> anyhow::Result<()> {
+        self.be_woken();
+        self.transport.poll(&mut self.events);
+        while let Some(event) = self.events.pop() {
+            match event {
+                Event::Landed { immediate: LONE, .. } => self.landings.note(1),
+                Event::Landed { .. } => {}
+                Event::Connected { peer } => _ = self.connected.insert(peer),
+                // The other process ended; so will this one.
+                Event::Severed { .. } => {}
+                other => bail!("{other:?}"),
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&mut self) -> anyhow::Result<Event> {
+        let until = Instant::now() + PATIENCE;
         loop {
             if let Some(event) = self.events.pop() {
                 return Ok(event);
@@ -74,59 +144,106 @@ impl Ours {
             }
         }
     }
-}
 
-impl Sender for Ours {
-    fn run(&mut self, slots: Slots, time: Duration) -> anyhow::Result<u64> {
-        let (begun, mut submitted, mut landed) = (Instant::now(), 0u64, 0u64);
+    /// Waits until a write of this side's is reported; returns which peer's.
+    fn next_sent(&mut self) -> anyhow::Result<usize> {
         loop {
-            let more = begun.elapsed() < time || submitted <= slots.count as u64;
-            if !more && landed == submitted {
-                return Ok(landed);
-            }
-            if more && submitted - landed < slots.depth() as u64 {
-                let range = slots.range(submitted);
-                let write = Write {
-                    ticket: submitted,
-                    offset: range.start as u64,
-                    source: self.source.extent(range)?,
-                    window: self.window,
-                    immediate: 0,
-                };
-                self.transport.submit(RECEIVER, write)?;
-                submitted += 1;
-                continue;
-            }
-            match self.next(Instant::now() + PATIENCE)? {
-                Event::Sent { .. } => landed += 1,
+            match self.next()? {
+                Event::Sent { peer, .. } => {
+                    let index = self.peers.iter().position(|(id, _)| *id == peer);
+                    return index.with_context(|| format!("{peer} is no peer"));
+                }
+                Event::Landed { .. } => {}
                 other => bail!("{other:?}"),
             }
         }
     }
+
+    fn submit(&mut self, slots: Slots, peer: usize, message: u64, immediate: u32) -> anyhow::Result<()> {
+        let (peer, window) = self.peers[peer];
+        for extent in slots.message(message) {
+            let offset = extent.start as u64;
+            let source = self.memory.source.extent(extent)?;
+            let write = Write { ticket: message, offset, source, window, immediate };
+            self.transport.submit(peer, write)?;
+        }
+        Ok(())
+    }
 }
 
-/// Lands what comes. Its events are taken by a thread of its own, as a node's loop takes them.
-pub(crate) fn receive(
-    identity: &Identity,
-    config: NetConfig,
-    landing: Arc<HostRegion>,
-) -> anyhow::Result<()> {
-    let mut transport = NetTransport::bind(here()?, identity, RECEIVER, config)?;
-    let len = landing.len();
-    let region = transport.register(landing)?;
-    let window = transport.open_window(SENDER, region, 0..len)?;
-    println!("{} {} {} {} {}", transport.local_addr(), window.region, window.key, window.offset, window.len);
-    std::thread::spawn(move || {
-        transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
-        let mut events = Vec::new();
-        loop {
-            transport.poll(&mut events);
-            if events.iter().any(|event| matches!(event, Event::Severed { .. })) {
-                return;
+impl End for Ours {
+    fn hello(&self) -> String {
+        self.hello.clone()
+    }
+
+    fn connect(&mut self, hellos: &[&str]) -> anyhow::Result<()> {
+        self.with(|node| {
+            for hello in hellos {
+                let [index, addr, region, key, offset, len] = hello.split(' ').collect::<Vec<_>>()[..] else {
+                    bail!("{hello}: no number, address and window");
+                };
+                let peer = id(index.parse()?);
+                let window = Window {
+                    region: region.parse()?,
+                    key: key.parse()?,
+                    offset: offset.parse()?,
+                    len: len.parse()?,
+                };
+                node.peers.push((peer, window));
+                node.transport.connect(peer, addr.parse()?);
+                while !node.connected.contains(&peer) {
+                    match node.next()? {
+                        Event::Connected { peer } => _ = node.connected.insert(peer),
+                        other => bail!("{other:?}"),
+                    }
+                }
             }
-            events.clear();
-            std::thread::park_timeout(PATIENCE);
-        }
-    });
-    Ok(())
+            Ok(())
+        })
+    }
+
+    fn one(&mut self, slots: Slots, peer: usize, message: u64) -> anyhow::Result<()> {
+        self.with(|node| {
+            node.submit(slots, peer, message, LONE)?;
+            for _ in 0..slots.extents {
+                node.next_sent()?;
+            }
+            Ok(())
+        })
+    }
+
+    fn run(&mut self, slots: Slots, peers: usize, time: Duration) -> anyhow::Result<u64> {
+        self.with(|node| {
+            let begun = Instant::now();
+            let writes = slots.extents;
+            let mut flows = vec![Flow { messages: 0, under_way: 0 }; peers];
+            loop {
+                let mut busy = false;
+                for (peer, flow) in flows.iter_mut().enumerate() {
+                    let more = begun.elapsed() < time || flow.messages <= slots.count as u64;
+                    if more && flow.under_way + writes <= slots.depth() * writes {
+                        node.submit(slots, peer, flow.messages, 0)?;
+                        flow.messages += 1;
+                        flow.under_way += writes;
+                        busy = true;
+                    }
+                }
+                if busy {
+                    continue;
+                }
+                if flows.iter().all(|flow| flow.under_way == 0) {
+                    return Ok(flows.iter().map(|flow| flow.messages).sum());
+                }
+                flows[node.next_sent()?].under_way -= 1;
+            }
+        })
+    }
+}
+
+/// What is sent to one peer.
+#[derive(Clone)]
+struct Flow {
+    messages: u64,
+    /// Writes without a report.
+    under_way: usize,
 }

@@ -1,48 +1,95 @@
-//! The bytes that are moved, and whether they came.
+//! The bytes that are moved, where they lie, and whether they came.
 
-use anyhow::ensure;
+use crate::end::Memory;
+use anyhow::{Context, ensure};
+use std::fmt;
 use std::ops::Range;
+use std::str::FromStr;
 use tandem_memory::HostRegion;
 
-/// Where writes of one sample lie, in both processes alike.
+/// Messages under way at once to each peer on each connection.
+const DEPTHS: std::ops::RangeInclusive<usize> = 4..=64;
+
+/// Where the messages of one sample lie, in source and landing memory alike.
+///
+/// The extents of a message are scattered: between two of them lies one of every other message. So whoever joins
+/// neighbours finds none.
 #[derive(Clone, Copy)]
 pub(crate) struct Slots {
+    /// Bytes of a message.
     pub(crate) size: usize,
+    /// Extents of a message; divides `size`.
+    pub(crate) extents: usize,
+    /// Messages that have a place.
     pub(crate) count: usize,
     pub(crate) seed: u64,
 }
 
 impl Slots {
-    pub(crate) fn new(size: usize, under_way: usize, connections: usize, seed: u64) -> anyhow::Result<Slots> {
-        ensure!(size >= 8 && size.is_multiple_of(8) && 2 * size <= crate::REGION, "writes of {size} bytes");
-        // Two for each write under way, where the region has room: none is written while it is read.
-        let depth = (under_way / size).clamp(*crate::DEPTHS.start(), *crate::DEPTHS.end()) * connections;
-        Ok(Slots { size, count: (crate::REGION / size).min(2 * depth), seed })
+    /// Two places for each message under way, where a region has room: none is written while it is read.
+    pub(crate) fn new(
+        size: usize,
+        extents: usize,
+        under_way: usize,
+        connections: usize,
+        region: usize,
+        seed: u64,
+    ) -> Slots {
+        let depth = (under_way / size).clamp(*DEPTHS.start(), *DEPTHS.end()) * connections;
+        Slots { size, extents, count: (region / size).min(2 * depth), seed }
     }
 
-    /// Writes under way at once.
+    /// Messages under way at once to each peer.
     pub(crate) fn depth(self) -> usize {
-        self.count / 2
+        (self.count / 2).max(1)
     }
 
-    /// The place of a write.
-    pub(crate) fn range(self, write: u64) -> Range<usize> {
-        let start = (write % self.count as u64) as usize * self.size;
-        start..start + self.size
+    /// The bytes of source or landing memory in which all messages lie.
+    pub(crate) fn footprint(self) -> usize {
+        self.count * self.size
     }
 
-    pub(crate) fn fill(self, region: &HostRegion) {
-        for (index, word) in words(region, self.count * self.size).iter_mut().enumerate() {
+    /// The place of one extent of a message.
+    pub(crate) fn extent(self, message: u64, extent: usize) -> Range<usize> {
+        let len = self.size / self.extents;
+        let start = (extent * self.count + (message % self.count as u64) as usize) * len;
+        start..start + len
+    }
+
+    /// The places of a message's extents.
+    pub(crate) fn message(self, message: u64) -> impl Iterator<Item = Range<usize>> {
+        (0..self.extents).map(move |extent| self.extent(message, extent))
+    }
+
+    pub(crate) fn fill(self, memory: &Memory) {
+        for (index, word) in words(&memory.source, self.footprint()).iter_mut().enumerate() {
             *word = value(self.seed, index);
         }
     }
+
+    pub(crate) fn verify(self, memory: &Memory) -> anyhow::Result<()> {
+        for (index, word) in words(&memory.landing, self.footprint()).iter().enumerate() {
+            ensure!(*word == value(self.seed, index), "wrong bytes at {}", index * 8);
+        }
+        Ok(())
+    }
 }
 
-pub(crate) fn verify(region: &HostRegion, slots: Slots) -> anyhow::Result<()> {
-    for (index, word) in words(region, slots.count * slots.size).iter().enumerate() {
-        ensure!(*word == value(slots.seed, index), "wrong bytes at {}", index * 8);
+impl fmt::Display for Slots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {} {}", self.size, self.extents, self.count, self.seed)
     }
-    Ok(())
+}
+
+impl FromStr for Slots {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Slots> {
+        let numbers: Vec<u64> = text.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+        let [size, extents, count, seed] =
+            <[u64; 4]>::try_from(numbers).ok().context("slots have four numbers")?;
+        Ok(Slots { size: size as usize, extents: extents as usize, count: count as usize, seed })
+    }
 }
 
 fn value(seed: u64, index: usize) -> u64 {
@@ -53,7 +100,7 @@ fn value(seed: u64, index: usize) -> u64 {
 fn words(region: &HostRegion, len: usize) -> &mut [u64] {
     assert!(len <= region.len());
     // SAFETY: in bounds and aligned, as regions begin on a page; nothing is under way between samples, and
-    // this program has one thread that fills and verifies.
+    // a process has one thread that fills and verifies.
     unsafe { std::slice::from_raw_parts_mut(region.base().cast(), len / 8) }
 }
 
@@ -68,10 +115,7 @@ pub(crate) fn bytes(region: &HostRegion, range: Range<usize>) -> &[u8] {
 #[allow(clippy::mut_from_ref)]
 pub(crate) fn bytes_mut(region: &HostRegion, range: Range<usize>) -> &mut [u8] {
     assert!(range.start <= range.end && range.end <= region.len());
-    // SAFETY: in bounds; a sender has fewer writes under way than there are slots, so no place has two writers.
+    // SAFETY: in bounds; a sender has fewer messages under way than there are slots, or one, so no place has
+    // two writers.
     unsafe { std::slice::from_raw_parts_mut(region.base().add(range.start), range.len()) }
-}
-
-pub(crate) fn copy(from: &HostRegion, to: &HostRegion, range: Range<usize>) {
-    bytes_mut(to, range.clone()).copy_from_slice(bytes(from, range));
 }

@@ -1,7 +1,8 @@
-//! quinn with the transport's settings and without its layers: a stream for each write, one answer each.
+//! quinn with the transport's settings and without its layers: a stream for each extent, one answer each.
 
+use crate::end::{End, Landings, Memory};
 use crate::pattern::{Slots, bytes, bytes_mut};
-use crate::{PATIENCE, Sender, here};
+use crate::{PATIENCE, here};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use quinn::{Connection, Endpoint, RecvStream};
@@ -11,16 +12,30 @@ use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_transport::{Identity, Tuning, bare_endpoint};
 use tokio::runtime::Runtime;
+use tokio::sync::{Mutex, Semaphore};
+use tokio::task::JoinSet;
 
 /// Between samples nothing drives the sending side.
 const SILENCE: Duration = Duration::from_secs(600);
 
 pub(crate) struct Bare {
+    addr: SocketAddr,
+    identity: Identity,
+    tuning: Tuning,
     runtime: Runtime,
-    _endpoint: Endpoint,
+    endpoint: Option<Endpoint>,
+    /// One to each peer.
+    links: Vec<Arc<Link>>,
+    memory: Memory,
+}
+
+/// A connection to a peer, and where its answers come.
+struct Link {
     connection: Connection,
-    answers: RecvStream,
+    answers: Mutex<RecvStream>,
     source: Arc<HostRegion>,
+    /// As many streams at once as the transport has: four.
+    room: Arc<Semaphore>,
 }
 
 /// A source that QUIC reads itself when it builds packets.
@@ -36,107 +51,155 @@ fn runtime() -> std::io::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
 
-impl Bare {
-    pub(crate) fn connect(
-        hello: &str,
-        identity: &Identity,
-        tuning: Tuning,
-        source: Arc<HostRegion>,
-    ) -> anyhow::Result<Bare> {
-        let runtime = runtime()?;
-        let addr: SocketAddr = hello.parse()?;
-        let (endpoint, connection, answers) = runtime.block_on(async {
-            let (endpoint, connect) = bare_endpoint(here()?, identity, &patient(tuning))?;
-            let connection = connect(addr)?.await?;
-            // Seen by the peer only once something is sent on it.
-            connection.open_uni().await?.write_all(&[1]).await?;
-            let mut answers = connection.accept_uni().await?;
-            answers.read_exact(&mut [0]).await?;
-            anyhow::Ok((endpoint, connection, answers))
-        })?;
-        Ok(Bare { runtime, _endpoint: endpoint, connection, answers, source })
-    }
-}
-
-impl Sender for Bare {
-    fn run(&mut self, slots: Slots, time: Duration) -> anyhow::Result<u64> {
-        let (connection, source, answers) = (&self.connection, &self.source, &mut self.answers);
-        self.runtime.block_on(async {
-            let begun = Instant::now();
-            let (mut sent, mut landed) = (0u64, 0u64);
-            // As many streams at once as the transport has: four.
-            let room = Arc::new(tokio::sync::Semaphore::new(4));
-            loop {
-                let more = begun.elapsed() < time || sent <= slots.count as u64;
-                if !more && landed == sent {
-                    return Ok(landed);
-                }
-                if more && sent - landed < slots.depth() as u64 {
-                    let range = slots.range(sent);
-                    let (connection, source, room) =
-                        (connection.clone(), Arc::clone(source), Arc::clone(&room));
-                    tokio::spawn(async move {
-                        let _place = room.acquire_owned().await;
-                        let header = [(range.start as u64).to_le_bytes(), (range.len() as u64).to_le_bytes()];
-                        let mut stream = connection.open_uni().await?;
-                        stream.write_all(&header.concat()).await?;
-                        stream.write_chunk(Bytes::from_owner(Lent(source, range))).await?;
-                        stream.finish()?;
-                        anyhow::Ok(())
-                    });
-                    sent += 1;
-                    continue;
-                }
-                let mut answer = [0; 9];
-                tokio::time::timeout(PATIENCE, answers.read_exact(&mut answer))
-                    .await
-                    .context("no answer")??;
-                landed += 1;
-            }
-        })
-    }
-}
-
 fn patient(tuning: Tuning) -> Tuning {
     let Tuning { dead_after, keep_alive, .. } = Tuning::dead_after(SILENCE);
     Tuning { dead_after, keep_alive, ..tuning }
 }
 
-pub(crate) fn receive(identity: &Identity, tuning: Tuning, landing: Arc<HostRegion>) -> anyhow::Result<()> {
-    let runtime = runtime()?;
-    let (endpoint, _) = {
-        let _inside = runtime.enter();
-        bare_endpoint(here()?, identity, &patient(tuning))?
-    };
-    println!("{}", endpoint.local_addr()?);
-    std::thread::spawn(move || {
-        let outcome: anyhow::Result<()> = runtime.block_on(async {
-            let connection = endpoint.accept().await.context("the endpoint is open")?.await?;
-            connection.accept_uni().await?;
-            let mut answers = connection.open_uni().await?;
-            // Seen by the peer only once something is sent on it.
-            answers.write_all(&[1]).await?;
-            let (landed, mut to_answer) = tokio::sync::mpsc::channel(1024);
-            tokio::spawn(async move {
-                while to_answer.recv().await.is_some() {
-                    if answers.write_all(&[1; 9]).await.is_err() {
-                        return;
-                    }
-                }
-            });
-            loop {
-                let stream = connection.accept_uni().await?;
-                let (landing, landed) = (Arc::clone(&landing), landed.clone());
-                tokio::spawn(async move {
-                    land(stream, &landing).await?;
-                    landed.send(()).await?;
-                    anyhow::Ok(())
-                });
-            }
+impl Bare {
+    /// Lands what comes, on a thread of its own.
+    pub(crate) fn new(
+        identity: &Identity,
+        tuning: Tuning,
+        memory: Memory,
+        landings: Arc<Landings>,
+    ) -> anyhow::Result<Bare> {
+        let tuning = patient(tuning);
+        let receiving = runtime()?;
+        let (endpoint, _) = {
+            let _inside = receiving.enter();
+            bare_endpoint(here()?, identity, &tuning)?
+        };
+        let addr = endpoint.local_addr()?;
+        let landing = Arc::clone(&memory.landing);
+        std::thread::spawn(move || {
+            // Ends with the connection, in an error always.
+            drop(receiving.block_on(receive(&endpoint, &landing, &landings)));
         });
-        drop(outcome);
-    });
+        let identity = identity.clone();
+        Ok(Bare { addr, identity, tuning, runtime: runtime()?, endpoint: None, links: Vec::new(), memory })
+    }
+}
+
+impl End for Bare {
+    fn hello(&self) -> String {
+        self.addr.to_string()
+    }
+
+    fn connect(&mut self, hellos: &[&str]) -> anyhow::Result<()> {
+        let Bare { identity, tuning, runtime, memory, links, .. } = self;
+        self.endpoint = Some(runtime.block_on(async {
+            let (endpoint, connect) = bare_endpoint(here()?, identity, tuning)?;
+            for hello in hellos {
+                let connection = connect(hello.parse()?)?.await?;
+                // Seen by the peer only once something is sent on it.
+                connection.open_uni().await?.write_all(&[1]).await?;
+                let mut answers = connection.accept_uni().await?;
+                answers.read_exact(&mut [0]).await?;
+                let (source, room) = (Arc::clone(&memory.source), Arc::new(Semaphore::new(4)));
+                links.push(Arc::new(Link { connection, answers: Mutex::new(answers), source, room }));
+            }
+            anyhow::Ok(endpoint)
+        })?);
+        Ok(())
+    }
+
+    fn one(&mut self, slots: Slots, peer: usize, message: u64) -> anyhow::Result<()> {
+        let link = &self.links[peer];
+        self.runtime.block_on(async {
+            let mut answers = link.answers.lock().await;
+            link.send(slots, message);
+            for _ in 0..slots.extents {
+                answer(&mut answers).await?;
+            }
+            Ok(())
+        })
+    }
+
+    fn run(&mut self, slots: Slots, peers: usize, time: Duration) -> anyhow::Result<u64> {
+        let links = &self.links[..peers];
+        self.runtime.block_on(async {
+            let mut running = JoinSet::new();
+            for link in links {
+                running.spawn(Arc::clone(link).run(slots, time));
+            }
+            running.join_all().await.into_iter().sum()
+        })
+    }
+}
+
+impl Link {
+    async fn run(self: Arc<Self>, slots: Slots, time: Duration) -> anyhow::Result<u64> {
+        let mut answers = self.answers.lock().await;
+        let (begun, writes) = (Instant::now(), slots.extents as u64);
+        let (mut messages, mut under_way) = (0, 0);
+        loop {
+            let more = begun.elapsed() < time || messages <= slots.count as u64;
+            if more && under_way + writes <= slots.depth() as u64 * writes {
+                self.send(slots, messages);
+                messages += 1;
+                under_way += writes;
+                continue;
+            }
+            if under_way == 0 {
+                return Ok(messages);
+            }
+            answer(&mut answers).await?;
+            under_way -= 1;
+        }
+    }
+
+    fn send(&self, slots: Slots, message: u64) {
+        for range in slots.message(message) {
+            let (connection, source, room) =
+                (self.connection.clone(), Arc::clone(&self.source), Arc::clone(&self.room));
+            tokio::spawn(async move {
+                let _place = room.acquire_owned().await;
+                let header = [(range.start as u64).to_le_bytes(), (range.len() as u64).to_le_bytes()];
+                let mut stream = connection.open_uni().await?;
+                stream.write_all(&header.concat()).await?;
+                stream.write_chunk(Bytes::from_owner(Lent(source, range))).await?;
+                stream.finish()?;
+                anyhow::Ok(())
+            });
+        }
+    }
+}
+
+async fn answer(answers: &mut RecvStream) -> anyhow::Result<()> {
+    let mut answer = [0; 9];
+    tokio::time::timeout(PATIENCE, answers.read_exact(&mut answer)).await.context("no answer")??;
     Ok(())
+}
+
+async fn receive(
+    endpoint: &Endpoint,
+    landing: &Arc<HostRegion>,
+    landings: &Arc<Landings>,
+) -> anyhow::Result<()> {
+    let connection = endpoint.accept().await.context("the endpoint is open")?.await?;
+    connection.accept_uni().await?;
+    let mut answers = connection.open_uni().await?;
+    // Seen by the peer only once something is sent on it.
+    answers.write_all(&[1]).await?;
+    let (landed, mut to_answer) = tokio::sync::mpsc::channel(1024);
+    tokio::spawn(async move {
+        while to_answer.recv().await.is_some() {
+            if answers.write_all(&[1; 9]).await.is_err() {
+                return;
+            }
+        }
+    });
+    loop {
+        let stream = connection.accept_uni().await?;
+        let (landing, landings, landed) = (Arc::clone(landing), Arc::clone(landings), landed.clone());
+        tokio::spawn(async move {
+            land(stream, &landing).await?;
+            landings.note(1);
+            landed.send(()).await?;
+            anyhow::Ok(())
+        });
+    }
 }
 
 async fn land(mut stream: RecvStream, landing: &HostRegion) -> anyhow::Result<()> {
