@@ -32,14 +32,30 @@ impl ForeignRegion {
     /// # Errors
     /// When they leave the region.
     pub fn copy_out(&self, at: u64, to: &mut [u8]) -> Result<(), RegionError> {
+        let from = self.place(at, to.len())?;
+        // SAFETY: `from` is good for this length, and `to` is exclusively ours. The owner's writes are another
+        // process's: no reference to the bytes is ever made.
+        unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    /// As [`ForeignRegion::copy_out`], for more than a cache would keep.
+    ///
+    /// # Errors
+    /// When they leave the region.
+    pub fn stream_out(&self, at: u64, to: &mut [u8]) -> Result<(), RegionError> {
+        let from = self.place(at, to.len())?;
+        // SAFETY: as in `copy_out`.
+        unsafe { crate::stream::copy(from, to.as_mut_ptr(), to.len()) };
+        Ok(())
+    }
+
+    /// Where the bytes from `at` on lie; good for reading `len` of them, as the mapping's file cannot shrink.
+    fn place(&self, at: u64, len: usize) -> Result<*const u8, RegionError> {
         let start = usize::try_from(at).unwrap_or(usize::MAX);
-        match start.checked_add(to.len()) {
-            Some(end) if end <= self.len => {
-                // SAFETY: the range lies in the mapping, whose file cannot shrink, and `to` is exclusively
-                // ours. The owner's writes are another process's: no reference to the bytes is ever made.
-                unsafe { std::ptr::copy_nonoverlapping(self.base.add(start), to.as_mut_ptr(), to.len()) };
-                Ok(())
-            }
+        match start.checked_add(len) {
+            // SAFETY: within the mapping.
+            Some(end) if end <= self.len => Ok(unsafe { self.base.add(start) }),
             end => Err(RegionError::OutOfBounds { start, end: end.unwrap_or(usize::MAX), len: self.len }),
         }
     }

@@ -11,6 +11,7 @@
 mod file;
 mod foreign;
 mod region;
+mod stream;
 
 pub use foreign::ForeignRegion;
 pub use region::{Extent, HostRegion, RegionError};

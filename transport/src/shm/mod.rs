@@ -32,6 +32,8 @@ use tandem_proto::wire::Window;
 const VERSION: u16 = 2;
 /// Bytes copied between two looks at whether the lane was closed.
 const PIECE: usize = 256 << 10;
+/// Writes of this length pass the cache by: what else is there stays, and memory is written without being read before.
+const STREAM_FROM: u64 = 2 << 20;
 /// Bytes that land before the peer is told, if it sleeps, and the node loop, if more is waiting: waking costs as much as
 /// copying some hundred KiB.
 const TELL_PEER_EVERY: u64 = 2 << 20;
@@ -43,8 +45,9 @@ const SPIN: Duration = Duration::from_micros(5);
 const NAP_FROM: u64 = 512 << 10;
 /// What a peer copies in a nanosecond, four times over.
 const NAP_BYTES_PER_NS: u64 = 80;
-/// How long it naps while nothing is answered: then it sleeps.
-const NAPS: Duration = Duration::from_millis(2);
+/// How often it sleeps after a nap that was too short: the peer copies slower, perhaps because other work needs the
+/// processors, which naps would only disturb.
+const SLEEPS_AFTER_VAIN_NAP: u32 = 64;
 /// The most by which the system may prolong a nap.
 const NAP_SLACK: NonZero<u64> = NonZero::new(1000).unwrap();
 /// How often a sleeper looks although nobody woke it.
@@ -298,8 +301,13 @@ impl ShmLane {
         // Where it cannot be set, naps are longer.
         let _ = rustix::thread::set_current_timer_slack(Some(NAP_SLACK));
         let mut idle_since = None;
+        let (mut napped_for, mut sleeps) = (0, 0);
         while !self.is_closed() {
-            let mut busy = self.settle(node, life, &mut incoming)?;
+            let settled = self.settle(node, life, &mut incoming)?;
+            if settled < std::mem::take(&mut napped_for) {
+                sleeps = SLEEPS_AFTER_VAIN_NAP;
+            }
+            let mut busy = settled > 0;
             busy |= self.flush()?;
             let (mut peer_untold, mut node_untold) = (0, 0);
             while !self.is_closed()
@@ -327,7 +335,8 @@ impl ShmLane {
             }
             let idle = idle_since.get_or_insert_with(Instant::now).elapsed();
             let load = self.load();
-            if load >= NAP_FROM && idle < NAPS {
+            if load >= NAP_FROM && sleeps == 0 {
+                napped_for = load / 4;
                 self.socket.wait(Duration::from_nanos(load / NAP_BYTES_PER_NS));
                 continue;
             }
@@ -336,6 +345,7 @@ impl ShmLane {
                 (0..8).for_each(|_| std::hint::spin_loop());
                 continue;
             }
+            sleeps = sleeps.saturating_sub(1);
             self.own.set_asleep(true);
             if incoming.jobs.is_empty() && incoming.acks.is_empty() && !self.is_closed() {
                 self.socket.wait(SLEEP);
@@ -346,9 +356,9 @@ impl ShmLane {
         Ok(())
     }
 
-    /// Takes in the peer's answers.
-    fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<bool, Error> {
-        let mut any = false;
+    /// Takes in the peer's answers; returns by how much that eased the load.
+    fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<u64, Error> {
+        let (mut any, mut settled) = (false, 0);
         // The peer may answer without end what was never asked.
         while !self.is_closed()
             && let Some([ack]) = incoming.acks.pop()?
@@ -359,6 +369,7 @@ impl ShmLane {
             // Not in the condition below: whoever submits holds the life's lock and waits for this one.
             let bytes = lock(&self.out).unsettled.remove(&sequence);
             if let Some(bytes) = bytes {
+                settled += bytes;
                 self.load.fetch_sub(bytes, Ordering::Relaxed);
                 node.settle_quietly(life, self, sequence, landed);
             }
@@ -366,7 +377,7 @@ impl ShmLane {
         if any {
             node.wake();
         }
-        Ok(any)
+        Ok(settled)
     }
 
     /// Announces what waits for room.
@@ -504,7 +515,11 @@ impl ShmLane {
             }
             let from = announced.at.saturating_add(done);
             let mut copied = Ok(());
-            if !landing.land_by(offset + done, piece, |place| copied = source.copy_out(from, place)) {
+            let copy = |place: &mut [u8]| match len >= STREAM_FROM {
+                true => source.stream_out(from, place),
+                false => source.copy_out(from, place),
+            };
+            if !landing.land_by(offset + done, piece, |place| copied = copy(place)) {
                 return Ok(Some(false));
             }
             copied.map_err(|_| Error::Rule("a write from beyond its region"))?;
