@@ -304,6 +304,7 @@ fn is_taken_again(path: Path) {
             std::thread::yield_now();
         }
         if round == ROUNDS / 4 {
+            use_both_ways(&mut nodes, path);
             held_before = Some(settled_at(held));
         }
         round += 1;
@@ -312,12 +313,28 @@ fn is_taken_again(path: Path) {
     assert!(metrics.iter().all(|m| m.failed >= 100 && m.opened > 100), "{metrics:?}");
     assert!(metrics.iter().all(|m| m.writes_repeated > 0), "{metrics:?}");
     assert!(by_lane > ROUNDS as u64, "only {by_lane} writes took the lane");
+    use_both_ways(&mut nodes, path);
+    assert_eq!(Some(settled_at(held)), held_before, "descriptors, mappings and threads after {round} rounds");
+}
+
+/// Has each node write to the other by this path, as soon as both have it: what a path takes up when it is used first is
+/// there then.
+fn use_both_ways(nodes: &mut [Node; 2], path: Path) {
     let begun = Instant::now();
     while nodes.iter().zip([1, 0]).any(|(node, peer)| node.transport.path(id(peer)) != Some(path)) {
-        assert!(begun.elapsed() < PATIENCE);
+        assert!(begun.elapsed() < PATIENCE, "the path is not taken again");
         std::thread::yield_now();
     }
-    assert_eq!(Some(settled_at(held)), held_before, "descriptors, mappings and threads after {round} rounds");
+    for (writer, reader) in [(0, 1), (1, 0)] {
+        let region = nodes[reader].region;
+        let window = nodes[reader].transport.open_window(id(writer), region, 0..1).unwrap();
+        let source = nodes[writer].memory.extent(0..1).unwrap();
+        let write = Write { ticket: u64::MAX, source, window, offset: 0, immediate: 0 };
+        nodes[writer].transport.submit(id(reader), write).unwrap();
+        wait(nodes, writer, |event| matches!(event, Event::Sent { ticket: u64::MAX, .. }));
+        nodes[reader].transport.close_window(window);
+        nodes[writer].events.clear();
+    }
 }
 
 /// How often each immediate has landed.
