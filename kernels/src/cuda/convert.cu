@@ -1,0 +1,229 @@
+// Paged to packed KV, back, and from pages to other pages. The CPU reference is `layout::PagedLayout`, and the
+// checksum `checksum::Checksum`. `mod.rs` mirrors every struct here.
+//
+// A chunk's layer is a run of rows, in packed order [head][value][token][row]. It is moved in pieces of 4 KiB, each by
+// one warp, which also has the piece's checksum while its bytes are in registers. Of a piece [4 blocks][8 loads]
+// [8 lanes][16 bytes], lane l moves what has block l / 8 and lane l % 8: so that every load and store of a warp fills
+// four lines of 128 bytes, and a lane sees the same words of XXH3's state in all its loads.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned char u8;
+
+// n / divisor for n below 2^31.
+struct Divisor {
+    u32 divisor, magic, shift;
+};
+
+__device__ __forceinline__ u32 divide(u32 n, Divisor by) {
+    return (__umulhi(n, by.magic) + n) >> by.shift;
+}
+
+// Where pages lie: bytes from one layer, page, head, value (from keys to values) and token to the next.
+struct Pages {
+    u64 base, layer, page, head, value, token;
+    const u32* table;
+};
+
+struct Chunk {
+    u64 packed;      // address of layer 0
+    u64 layer_bytes; // of one packed layer
+    u32 pages;       // where the chunk's pages begin in the tables
+    Divisor tokens;
+};
+
+struct Job {
+    Pages source, target; // of which a packed side is not used
+    const Chunk* chunks;
+    u64* sums; // [layer of the model][chunk]; what pieces hash to is added
+    Divisor row, page_tokens;
+    Divisor pieces_of, chunks_of; // pieces of the longest chunk, chunks
+    u32 values_log2;
+    u32 first_layer;
+    u32 pieces; // of all layers and chunks
+};
+
+enum Place { NOWHERE, PACKED, PAGED };
+
+// ---- XXH3-64 of 4,096 bytes, with seed 0
+
+__device__ const u64 SECRET[24] = {
+    0xbe4ba423396cfeb8, 0x1cad21f72c81017c, 0xdb979083e96dd4de, 0x1f67b3b7a4a44072, 0x78e5c0cc4ee679cb,
+    0x2172ffcc7dd05a82, 0x8e2443f7744608b8, 0x4c263a81e69035e0, 0xcb00c391bb52283c, 0xa32e531b8b65d088,
+    0x4ef90da297486471, 0xd8acdea946ef1938, 0x3f349ce33f76faa8, 0x1d4f0bc7c7bbdcf9, 0x3159b4cd4be0518a,
+    0x647378d9c97e9fc8, 0xc3ebd33483acc5ea, 0xeb6313faffa081c5, 0x49daf0b751dd0d17, 0x9e68d429265516d3,
+    0xfca1477d58be162b, 0xce31d07ad1b8f88f, 0x280416958f3acb45, 0x7e404bbbcafbd7af,
+};
+
+const u64 P32_1 = 0x9E3779B1, P32_2 = 0x85EBCA77, P32_3 = 0xC2B2AE3D;
+const u64 P64_1 = 0x9E3779B185EBCA87, P64_2 = 0xC2B2AE3D27D4EB4F, P64_3 = 0x165667B19E3779F9,
+          P64_4 = 0x85EBCA77C2B2AE63, P64_5 = 0x27D4EB2F165667C5;
+
+// Eight bytes of the secret from byte `at` on.
+__device__ __forceinline__ u64 secret(u32 at) {
+    u64 word = SECRET[at / 8];
+    return at % 8 == 0 ? word : word >> at % 8 * 8 | SECRET[at / 8 + 1] << 64 - at % 8 * 8;
+}
+
+// Words of the secret as lanes take them: a pair for each of the 8 loads.
+struct Secrets {
+    ulonglong2 even[12], odd[12]; // words 2i and 2i + 1; words 2i + 1 and 2i + 2
+    ulonglong2 last[4], scramble[4], merge[4];
+
+    __device__ void fill(u32 thread) {
+        if (thread < 12) {
+            even[thread] = make_ulonglong2(secret(16 * thread), secret(16 * thread + 8));
+            if (thread < 11) odd[thread] = make_ulonglong2(secret(16 * thread + 8), secret(16 * thread + 16));
+        } else if (thread >= 32 && thread < 36) {
+            u32 pair = thread - 32;
+            last[pair] = make_ulonglong2(secret(121 + 16 * pair), secret(129 + 16 * pair));
+            scramble[pair] = make_ulonglong2(secret(128 + 16 * pair), secret(136 + 16 * pair));
+            merge[pair] = make_ulonglong2(secret(11 + 16 * pair), secret(19 + 16 * pair));
+        }
+    }
+};
+
+__device__ __forceinline__ u64 xor_shift_multiply(u64 acc, u64 key) {
+    return (acc ^ acc >> 47 ^ key) * P32_1;
+}
+
+// XXH3-64 of the piece whose 16-byte units the lanes of a warp hold. Every lane has it.
+__device__ __forceinline__ u64 hash(const ulonglong2 (&data)[8], const Secrets& secrets, u32 lane) {
+    u32 pair = lane & 3;
+    const ulonglong2* keys = (lane & 4 ? secrets.odd : secrets.even) + pair;
+    u64 acc0 = 0, acc1 = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        // The last stripe of all has a key of its own.
+        ulonglong2 key = i == 7 && lane >= 28 ? secrets.last[pair] : keys[i];
+        u64 k0 = data[i].x ^ key.x, k1 = data[i].y ^ key.y;
+        acc0 += data[i].y + u64(u32(k0)) * (k0 >> 32);
+        acc1 += data[i].x + u64(u32(k1)) * (k1 >> 32);
+    }
+    acc0 += __shfl_xor_sync(~0u, acc0, 4);
+    acc1 += __shfl_xor_sync(~0u, acc1, 4);
+    u64 sum0 = pair == 0 ? P32_3 : pair == 1 ? P64_2 : pair == 2 ? P64_4 : P64_5;
+    u64 sum1 = pair == 0 ? P64_1 : pair == 1 ? P64_3 : pair == 2 ? P32_2 : P32_1;
+    ulonglong2 scramble = secrets.scramble[pair];
+#pragma unroll
+    for (int block = 0; block < 4; ++block) {
+        sum0 += __shfl_sync(~0u, acc0, block * 8 + pair);
+        sum1 += __shfl_sync(~0u, acc1, block * 8 + pair);
+        if (block < 3) {
+            sum0 = xor_shift_multiply(sum0, scramble.x);
+            sum1 = xor_shift_multiply(sum1, scramble.y);
+        }
+    }
+    ulonglong2 key = secrets.merge[pair];
+    u64 a = sum0 ^ key.x, b = sum1 ^ key.y;
+    u64 folded = a * b ^ __umul64hi(a, b);
+    folded += __shfl_xor_sync(~0u, folded, 1);
+    folded += __shfl_xor_sync(~0u, folded, 2);
+    u64 h = 4096 * P64_1 + folded;
+    h = (h ^ h >> 37) * 0x165667919E3779F9;
+    return h ^ h >> 32;
+}
+
+// What a piece adds to the checksum: SplitMix64 of its hash and its index, so that its place matters.
+__device__ __forceinline__ u64 placed(u64 hash, u32 piece) {
+    u64 z = hash + (u64(piece) + 1) * 0x9E3779B97F4A7C15;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
+    z = (z ^ z >> 27) * 0x94D049BB133111EB;
+    return z ^ z >> 31;
+}
+
+// ---- moving
+
+// Where unit `n` of a packed layer lies in pages. Rows are counted in units.
+__device__ __forceinline__ u64 in_pages(const Pages& pages, const Job& job, u32 table, Divisor tokens, u32 n, u32 unit) {
+    u32 row = divide(n, job.row), column = n - row * job.row.divisor;
+    u32 part = divide(row, tokens), token = row - part * tokens.divisor;
+    u32 page = divide(token, job.page_tokens), slot = token - page * job.page_tokens.divisor;
+    u32 head = part >> job.values_log2, value = part & ((1 << job.values_log2) - 1);
+    return __ldg(pages.table + table + page) * pages.page + head * pages.head + value * pages.value +
+           slot * pages.token + column * unit;
+}
+
+// Sixteen bytes of rows that are no multiple of 16 long, or do not begin at one. Zeros beyond the chunk's end.
+template <Place FROM, Place TO>
+__device__ __noinline__ ulonglong2 move_bytes(const Job& job, const Chunk& chunk, u64 source, u64 target, u32 first) {
+    u64 low = 0, high = 0;
+#pragma unroll 1
+    for (u32 i = 0; i < 16 && first + i < chunk.layer_bytes; ++i) {
+        u64 from = FROM == PAGED ? in_pages(job.source, job, chunk.pages, chunk.tokens, first + i, 1) : first + i;
+        u64 to = TO == PAGED ? in_pages(job.target, job, chunk.pages, chunk.tokens, first + i, 1) : first + i;
+        u64 value = *(const u8*)(source + from);
+        if (TO != NOWHERE) *(u8*)(target + to) = u8(value);
+        (i < 8 ? low : high) |= value << i % 8 * 8;
+    }
+    return make_ulonglong2(low, high);
+}
+
+template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ void move(const Job& job) {
+    constexpr int PER = 16 / BYTES;
+    __shared__ Secrets secrets;
+    if (SUM) {
+        secrets.fill(threadIdx.x);
+        __syncthreads();
+    }
+    u32 lane = threadIdx.x & 31;
+    u32 warps = gridDim.x * (blockDim.x / 32);
+    for (u32 at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; at < job.pieces; at += warps) {
+        u32 run = divide(at, job.pieces_of), piece = at - run * job.pieces_of.divisor;
+        u32 layers = divide(run, job.chunks_of), index = run - layers * job.chunks_of.divisor;
+        u32 layer = job.first_layer + layers;
+        const Chunk& chunk = job.chunks[index];
+        Divisor tokens = chunk.tokens;
+        u64 bytes = chunk.layer_bytes;
+        u32 units = u32(bytes / BYTES);
+        u32 first = (piece * 256 + (lane & 24) * 8 + (lane & 7)) * PER;
+        if (piece * 256 * PER >= units) continue; // this chunk is shorter than the longest
+        u64 packed = chunk.packed + layer * bytes;
+        u64 source = FROM == PAGED ? job.source.base + layer * job.source.layer : packed;
+        u64 target = TO == PAGED ? job.target.base + layer * job.target.layer : packed;
+        ulonglong2 data[8];
+        if (BYTES == 16) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                u32 n = first + i * 8;
+                data[i] = make_ulonglong2(0, 0);
+                if (n < units) {
+                    u64 from = FROM == PAGED ? in_pages(job.source, job, chunk.pages, tokens, n, 16) : u64(n) * 16;
+                    data[i] = __ldcs((const ulonglong2*)(source + from));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                u32 n = first + i * 8;
+                if (TO != NOWHERE && n < units) {
+                    u64 to = TO == PAGED ? in_pages(job.target, job, chunk.pages, tokens, n, 16) : u64(n) * 16;
+                    __stcs((ulonglong2*)(target + to), data[i]);
+                }
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) data[i] = move_bytes<FROM, TO>(job, chunk, source, target, first + i * 8 * PER);
+        }
+        if (SUM) {
+            u64 h = hash(data, secrets, lane);
+            if (lane == 0) atomicAdd(job.sums + layer * job.chunks_of.divisor + index, placed(h, piece));
+        }
+    }
+}
+
+// ---- what is launched: in units of 16 bytes without the checksum and with it, and in bytes
+
+#define KERNEL(name, from, to, bytes, sum)                                                                             \
+    extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ Job job) {                          \
+        move<from, to, bytes, sum>(job);                                                                               \
+    }
+#define KERNELS(name, from, to)                                                                                        \
+    KERNEL(name, from, to, 16, false)                                                                                  \
+    KERNEL(name##_sum, from, to, 16, true)                                                                             \
+    KERNEL(name##_bytes_sum, from, to, 1, true)
+
+KERNELS(pack, PAGED, PACKED)
+KERNELS(scatter, PACKED, PAGED)
+KERNELS(carry, PAGED, PAGED)
+KERNEL(digest_sum, PAGED, NOWHERE, 16, true)
+KERNEL(digest_bytes_sum, PAGED, NOWHERE, 1, true)
