@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::num::NonZeroU32;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 use tandem_kernels::contract::{self, PagesUnderTest};
 use tandem_kernels::cuda::{Chunk, CudaKernels, DevicePages, Place, Plan, PlanError, PlanLimits, Share};
 use tandem_kernels::{Kernels, Order, PackError, PagedLayout, Stored, checksum};
@@ -217,7 +218,23 @@ fn check(gpu: &Gpu, case: &Case, random: &mut Random, name: &str) {
     let mut plan = gpu.plan(case.limits());
     plan.set(&case.here, None, &chunks).unwrap();
     plan.pack(&source, all.clone(), share).unwrap();
-    assert_eq!(plan.checksums(all.clone()).unwrap(), want.sums, "{name}: pack's checksums");
+    // Those of the layers one by one, without waiting.
+    for layer in all.clone() {
+        plan.fetch_checksums(layer..layer + 1).unwrap();
+    }
+    let again = plan.fetch_checksums(all.clone());
+    assert!(matches!(again, Err(PlanError::Fetched { .. })), "{name}: asked for twice");
+    let mut sums = Vec::new();
+    let began = Instant::now();
+    while sums.len() < want.sums.len() {
+        assert!(began.elapsed() < Duration::from_secs(10), "{name}: checksums do not come");
+        if let Some(some) = plan.poll_checksums().unwrap() {
+            assert_eq!(some.layers.start as usize * case.chunks.len(), sums.len(), "{name}: out of order");
+            sums.extend(some.sums);
+        }
+    }
+    assert_eq!(plan.poll_checksums().unwrap(), None, "{name}: more than was asked for");
+    assert_eq!(sums, want.sums, "{name}: pack's checksums");
     assert!(gpu.read(&landing) == expected, "{name}: packed");
 
     let blank = random.bytes(case.here.bytes());
@@ -483,8 +500,9 @@ fn packs_into_the_memory_of_another_process() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let handles: Vec<IpcHandle> = lines
+    // Heard to its end: the owner fails when it is not.
+    let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let handles: Vec<IpcHandle> = (lines.by_ref())
         .filter_map(|line| Some(line.split_once("handle ")?.1.to_owned()))
         .take(2)
         .map(|hex| {
@@ -522,6 +540,7 @@ fn packs_into_the_memory_of_another_process() {
     plan.carry(&source, &there, layers.clone(), share).unwrap();
     assert_eq!(plan.checksums(layers).unwrap(), want.sums);
     owner.stdin.take().unwrap().write_all(b"\n").unwrap();
+    lines.for_each(|line| println!("owner: {line}"));
     assert!(owner.wait().unwrap().success(), "the owner found something else in its memory");
 }
 

@@ -120,8 +120,10 @@ fn another_process_uses_the_memory() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let hex = lines.filter_map(|line| Some(line.split_once("handle ")?.1.to_owned())).next().unwrap();
+    // Heard to its end: the owner fails when it is not.
+    let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let hex =
+        lines.by_ref().filter_map(|line| Some(line.split_once("handle ")?.1.to_owned())).next().unwrap();
     let mut handle = IpcHandle([0; 64]);
     for (at, byte) in handle.0.iter_mut().enumerate() {
         *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap();
@@ -139,5 +141,6 @@ fn another_process_uses_the_memory() {
     assert!(matches!(error, CudaError::Bounds(_)), "{error}");
     assert!(DeviceRegion::import(&device, &IpcHandle([7; 64]), 1).is_err(), "no handle at all");
     owner.stdin.take().unwrap().write_all(b"\n").unwrap();
+    lines.for_each(|line| println!("owner: {line}"));
     assert!(owner.wait().unwrap().success());
 }

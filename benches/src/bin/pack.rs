@@ -404,11 +404,22 @@ impl Owner {
         self.lines.next().context("the process that owns the other GPU's memory ended")
     }
 
-    /// Asks for something, and returns the microseconds that it took.
-    fn ask(&mut self, what: &str) -> anyhow::Result<f64> {
-        writeln!(self.process.stdin.as_mut().context("a pipe")?, "{what}")?;
+    fn ask(&mut self, what: &str) -> anyhow::Result<()> {
+        Ok(writeln!(self.process.stdin.as_mut().context("a pipe")?, "{what}")?)
+    }
+
+    /// Nobody uses its memory any more.
+    fn end(mut self) -> anyhow::Result<()> {
+        drop(self.process.stdin.take());
+        ensure!(self.process.wait()?.success(), "the process that owns the other GPU's memory failed");
+        Ok(())
+    }
+
+    /// Waits until it has done what it was asked first.
+    fn done(&mut self) -> anyhow::Result<()> {
         let said = self.hear()?;
-        said.strip_prefix("took ").and_then(|us| us.parse().ok()).with_context(|| format!("{what}: {said}"))
+        ensure!(said == "done", "the process that owns the other GPU's memory says: {said}");
+        Ok(())
     }
 
     fn import(&mut self, gpu: &Gpu, len: usize) -> anyhow::Result<DeviceExtent> {
@@ -504,42 +515,67 @@ fn peer(
     }
     let mut figures = interleave(gpu, options.rounds, &mut ways)?;
     drop(ways);
-    figures.push(verified(gpu, shape, source, (pages, &there, &there_pages), sums, (&mut owner, few))?);
+    for (most, on) in [(None, ""), (few, ", few multiprocessors")] {
+        figures.push(Figure {
+            name: format!("pages to the peer's pages, verified there{on}"),
+            bytes,
+            us: verified(gpu, shape, source, (pages, &there, &there_pages), sums, (&mut owner, most))?,
+            bound: Some(("copy to the peer", 0.88)),
+        });
+    }
     drop((landing, there, places));
-    owner.ask("end")?;
-    owner.process.wait()?;
+    owner.end()?;
     Ok(figures)
 }
 
-/// All pages to the peer's pages with checksums, then the peer's checksums of what it has, which must agree.
+/// All pages to the peer's pages with checksums, which the peer compares with its own of what it has. Microseconds of
+/// the clock from the first call to the peer's last word.
 fn verified(
     gpu: &Gpu,
     shape: &Shape,
     source: &DevicePages,
     (pages, there, there_pages): (&[PageId], &DevicePages, &[PageId]),
     sums: &[u64],
-    (owner, few): (&mut Owner, Option<NonZeroU32>),
-) -> anyhow::Result<Figure> {
+    (owner, multiprocessors): (&mut Owner, Option<NonZeroU32>),
+) -> anyhow::Result<Vec<f64>> {
     let per_chunk = (CHUNK_TOKENS / 16) as usize;
     let mut plan = gpu.plan(shape)?;
     set(&mut plan, shape, pages, |i| Place::Pages(&there_pages[i * per_chunk..(i + 1) * per_chunk]))?;
-    let layers = 0..shape.layout.layers;
-    let mut us = Vec::new();
-    for _ in 0..7 {
-        owner.ask("clear")?;
-        let share = Share { checksum: true, multiprocessors: few };
-        let moved = gpu.time(&mut || Ok(plan.carry(source, there, layers.clone(), share)?))?;
-        ensure!(plan.checksums(layers.clone())? == sums, "the sender's checksums changed");
-        let text: Vec<String> = sums.iter().map(u64::to_string).collect();
-        us.push(moved + owner.ask(&format!("digest {}", text.join(",")))?);
+    // The peer compares some layers while others are under way, and has little left to do after the last.
+    let mut parts = Vec::new();
+    let mut from = 0;
+    while from < shape.layout.layers {
+        let left = shape.layout.layers - from;
+        let part = (left / 2).max(2).min(left);
+        parts.push(from..from + part);
+        from += part;
     }
-    let bound = Some(("copy to the peer", 0.88));
-    Ok(Figure {
-        name: "pages to the peer's pages, verified there".to_owned(),
-        bytes: shape.bytes(),
-        us,
-        bound,
-    })
+    let mut us = Vec::new();
+    for _ in 0..9 {
+        owner.ask("clear")?;
+        owner.done()?;
+        let began = Instant::now();
+        for layers in &parts {
+            plan.carry(source, there, layers.clone(), Share { checksum: true, multiprocessors })?;
+            plan.fetch_checksums(layers.clone())?;
+        }
+        let mut sent = 0;
+        while sent < parts.len() {
+            ensure!(began.elapsed().as_secs() < 10, "layers do not get to the peer");
+            let Some(moved) = plan.poll_checksums()? else { continue };
+            let want =
+                moved.layers.start as usize * shape.chunks()..moved.layers.end as usize * shape.chunks();
+            ensure!(moved.sums == sums[want], "the sender's checksums changed");
+            let text: Vec<String> = moved.sums.iter().map(u64::to_string).collect();
+            owner.ask(&format!("digest {} {} {}", moved.layers.start, moved.layers.end, text.join(",")))?;
+            sent += 1;
+        }
+        for _ in &parts {
+            owner.done()?;
+        }
+        us.push(began.elapsed().as_secs_f64() * 1e6);
+    }
+    Ok(us)
 }
 
 /// Takes the memory that the other process writes, and checks it when told to.
@@ -553,30 +589,27 @@ fn own(options: &Options, ordinal: usize) -> anyhow::Result<()> {
         println!("{hex}");
     }
     let pages = shape.pages(2);
-    let layers = 0..shape.layout.layers;
     let mut plan = gpu.plan(&shape)?;
     set(&mut plan, &shape, &pages, |_| Place::Nowhere)?;
     let blank = vec![0; 64 << 20];
     for line in std::io::stdin().lines() {
         let line = line?;
-        match line.split_once(' ') {
-            Some(("digest", sums)) => {
-                let us = gpu.time(&mut || Ok(plan.digest(&there, layers.clone())?))?;
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[..] {
+            ["digest", start, end, sums] => {
+                let layers = start.parse()?..end.parse()?;
+                plan.digest(&there, layers.clone())?;
                 let sums: Vec<u64> = sums.split(',').map(str::parse).collect::<Result<_, _>>()?;
-                if plan.checksums(layers.clone())? == sums {
-                    println!("took {us}");
-                } else {
-                    println!("other bytes have landed");
-                }
+                let right = plan.checksums(layers)? == sums;
+                println!("{}", if right { "done" } else { "other bytes have landed" });
             }
-            None if line == "clear" => {
+            ["clear"] => {
                 for start in (0..there.storage().len()).step_by(blank.len()) {
                     let end = (start + blank.len()).min(there.storage().len());
                     there.storage().part(start..end)?.write(&gpu.stream, &blank[..end - start])?;
                 }
-                println!("took 0");
+                println!("done");
             }
-            None if line == "end" => println!("took 0"),
             _ => bail!("nothing is known of {line:?}"),
         }
     }

@@ -2,9 +2,8 @@
 // checksum `checksum::Checksum`. `mod.rs` mirrors every struct here.
 //
 // A chunk's layer is a run of rows, in packed order [head][value][token][row]. It is moved in pieces of 4 KiB, each by
-// one warp, which also has the piece's checksum while its bytes are in registers. Of a piece [4 blocks][8 loads]
-// [8 lanes][16 bytes], lane l moves what has block l / 8 and lane l % 8: so that every load and store of a warp fills
-// four lines of 128 bytes, and a lane sees the same words of XXH3's state in all its loads.
+// one warp, which also has the piece's checksum while its bytes are in registers: [8 loads][32 lanes][16 bytes], so that
+// a load or store of the warp is 512 bytes in a row, where rows are as long.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -25,7 +24,7 @@ struct Pages {
     const u32* table;
 };
 
-struct Chunk {
+struct __align__(16) Chunk {
     u64 packed;      // address of layer 0
     u64 layer_bytes; // of one packed layer
     u32 pages;       // where the chunk's pages begin in the tables
@@ -65,7 +64,7 @@ __device__ __forceinline__ u64 secret(u32 at) {
     return at % 8 == 0 ? word : word >> at % 8 * 8 | SECRET[at / 8 + 1] << 64 - at % 8 * 8;
 }
 
-// Words of the secret as lanes take them: a pair for each of the 8 loads.
+// Words of the secret, in the pairs that lanes take.
 struct Secrets {
     ulonglong2 even[12], odd[12]; // words 2i and 2i + 1; words 2i + 1 and 2i + 2
     ulonglong2 last[4], scramble[4], merge[4];
@@ -87,28 +86,38 @@ __device__ __forceinline__ u64 xor_shift_multiply(u64 acc, u64 key) {
     return (acc ^ acc >> 47 ^ key) * P32_1;
 }
 
-// XXH3-64 of the piece whose 16-byte units the lanes of a warp hold. Every lane has it.
+// What a lane holds, plus what the lane `mask` away holds of the same; each gives away what it does not keep.
+__device__ __forceinline__ u64 halve(u64 low, u64 high, bool keeps_high, u32 mask) {
+    return (keeps_high ? high : low) + __shfl_xor_sync(~0u, keeps_high ? low : high, mask);
+}
+
+// XXH3-64 of the piece whose 16-byte units the lanes of a warp hold. Every lane has it. XXH3 goes through four blocks of
+// 16 stripes of four pairs of words: a lane has two stripes of each block, of one pair.
 __device__ __forceinline__ u64 hash(const ulonglong2 (&data)[8], const Secrets& secrets, u32 lane) {
     u32 pair = lane & 3;
-    const ulonglong2* keys = (lane & 4 ? secrets.odd : secrets.even) + pair;
-    u64 acc0 = 0, acc1 = 0;
+    const ulonglong2* keys = (lane & 4 ? secrets.odd : secrets.even) + pair + (lane >> 3);
+    u64 acc0[4] = {}, acc1[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         // The last stripe of all has a key of its own.
-        ulonglong2 key = i == 7 && lane >= 28 ? secrets.last[pair] : keys[i];
+        ulonglong2 key = i == 7 && lane >= 28 ? secrets.last[pair] : keys[i % 2 * 4];
         u64 k0 = data[i].x ^ key.x, k1 = data[i].y ^ key.y;
-        acc0 += data[i].y + u64(u32(k0)) * (k0 >> 32);
-        acc1 += data[i].x + u64(u32(k1)) * (k1 >> 32);
+        acc0[i / 2] += data[i].y + u64(u32(k0)) * (k0 >> 32);
+        acc1[i / 2] += data[i].x + u64(u32(k1)) * (k1 >> 32);
     }
-    acc0 += __shfl_xor_sync(~0u, acc0, 4);
-    acc1 += __shfl_xor_sync(~0u, acc1, 4);
+    // Then lanes 8b to 8b + 7 have block b.
+    bool upper = lane & 16, odd = lane & 8;
+    u64 own0 = halve(halve(acc0[0], acc0[2], upper, 16), halve(acc0[1], acc0[3], upper, 16), odd, 8);
+    u64 own1 = halve(halve(acc1[0], acc1[2], upper, 16), halve(acc1[1], acc1[3], upper, 16), odd, 8);
+    own0 += __shfl_xor_sync(~0u, own0, 4);
+    own1 += __shfl_xor_sync(~0u, own1, 4);
     u64 sum0 = pair == 0 ? P32_3 : pair == 1 ? P64_2 : pair == 2 ? P64_4 : P64_5;
     u64 sum1 = pair == 0 ? P64_1 : pair == 1 ? P64_3 : pair == 2 ? P32_2 : P32_1;
     ulonglong2 scramble = secrets.scramble[pair];
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
-        sum0 += __shfl_sync(~0u, acc0, block * 8 + pair);
-        sum1 += __shfl_sync(~0u, acc1, block * 8 + pair);
+        sum0 += __shfl_sync(~0u, own0, block * 8 + pair);
+        sum1 += __shfl_sync(~0u, own1, block * 8 + pair);
         if (block < 3) {
             sum0 = xor_shift_multiply(sum0, scramble.x);
             sum1 = xor_shift_multiply(sum1, scramble.y);
@@ -135,12 +144,12 @@ __device__ __forceinline__ u64 placed(u64 hash, u32 piece) {
 // ---- moving
 
 // Where unit `n` of a packed layer lies in pages. Rows are counted in units.
-__device__ __forceinline__ u64 in_pages(const Pages& pages, const Job& job, u32 table, Divisor tokens, u32 n, u32 unit) {
+__device__ __forceinline__ u64 in_pages(const Pages& pages, const Job& job, const Chunk& chunk, u32 n, u32 unit) {
     u32 row = divide(n, job.row), column = n - row * job.row.divisor;
-    u32 part = divide(row, tokens), token = row - part * tokens.divisor;
+    u32 part = divide(row, chunk.tokens), token = row - part * chunk.tokens.divisor;
     u32 page = divide(token, job.page_tokens), slot = token - page * job.page_tokens.divisor;
     u32 head = part >> job.values_log2, value = part & ((1 << job.values_log2) - 1);
-    return __ldg(pages.table + table + page) * pages.page + head * pages.head + value * pages.value +
+    return __ldg(pages.table + chunk.pages + page) * pages.page + head * pages.head + value * pages.value +
            slot * pages.token + column * unit;
 }
 
@@ -150,8 +159,8 @@ __device__ __noinline__ ulonglong2 move_bytes(const Job& job, const Chunk& chunk
     u64 low = 0, high = 0;
 #pragma unroll 1
     for (u32 i = 0; i < 16 && first + i < chunk.layer_bytes; ++i) {
-        u64 from = FROM == PAGED ? in_pages(job.source, job, chunk.pages, chunk.tokens, first + i, 1) : first + i;
-        u64 to = TO == PAGED ? in_pages(job.target, job, chunk.pages, chunk.tokens, first + i, 1) : first + i;
+        u64 from = FROM == PAGED ? in_pages(job.source, job, chunk, first + i, 1) : first + i;
+        u64 to = TO == PAGED ? in_pages(job.target, job, chunk, first + i, 1) : first + i;
         u64 value = *(const u8*)(source + from);
         if (TO != NOWHERE) *(u8*)(target + to) = u8(value);
         (i < 8 ? low : high) |= value << i % 8 * 8;
@@ -159,8 +168,23 @@ __device__ __noinline__ ulonglong2 move_bytes(const Job& job, const Chunk& chunk
     return make_ulonglong2(low, high);
 }
 
+// What no kernel writes while another reads it: past the first-level cache, and by lines next to each other into the
+// second.
+__device__ __forceinline__ ulonglong2 load(u64 address) {
+    ulonglong2 value;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(value.x), "=l"(value.y)
+                 : "l"(address));
+    return value;
+}
+
+__device__ __forceinline__ void store(u64 address, ulonglong2 value) {
+    __stcs((ulonglong2*)address, value);
+}
+
+// Moves in units of 128 bytes, which every row is a multiple of; of 16; or of one.
 template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ void move(const Job& job) {
-    constexpr int PER = 16 / BYTES;
+    constexpr u32 UNITS = 4096 / BYTES;
     __shared__ Secrets secrets;
     if (SUM) {
         secrets.fill(threadIdx.x);
@@ -172,37 +196,48 @@ template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ 
         u32 run = divide(at, job.pieces_of), piece = at - run * job.pieces_of.divisor;
         u32 layers = divide(run, job.chunks_of), index = run - layers * job.chunks_of.divisor;
         u32 layer = job.first_layer + layers;
-        const Chunk& chunk = job.chunks[index];
-        Divisor tokens = chunk.tokens;
-        u64 bytes = chunk.layer_bytes;
-        u32 units = u32(bytes / BYTES);
-        u32 first = (piece * 256 + (lane & 24) * 8 + (lane & 7)) * PER;
-        if (piece * 256 * PER >= units) continue; // this chunk is shorter than the longest
-        u64 packed = chunk.packed + layer * bytes;
+        const Chunk chunk = job.chunks[index];
+        u32 units = u32(chunk.layer_bytes / BYTES), first = piece * UNITS;
+        if (first >= units) continue; // this chunk is shorter than the longest
+        u64 packed = chunk.packed + layer * chunk.layer_bytes;
         u64 source = FROM == PAGED ? job.source.base + layer * job.source.layer : packed;
         u64 target = TO == PAGED ? job.target.base + layer * job.target.layer : packed;
         ulonglong2 data[8];
-        if (BYTES == 16) {
+        if (BYTES == 128) {
+            // Each lane looks up one of the piece's 32 lines, for all.
+            u32 mine = first + lane, from = mine, to = mine;
+            if (FROM == PAGED && mine < units) from = u32(in_pages(job.source, job, chunk, mine, 128) / 128);
+            if (TO == PAGED && mine < units) to = u32(in_pages(job.target, job, chunk, mine, 128) / 128);
+            u32 column = lane % 8 * 16;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                u32 n = first + i * 8;
-                data[i] = make_ulonglong2(0, 0);
-                if (n < units) {
-                    u64 from = FROM == PAGED ? in_pages(job.source, job, chunk.pages, tokens, n, 16) : u64(n) * 16;
-                    data[i] = __ldcs((const ulonglong2*)(source + from));
-                }
+                u32 line = i * 4 + lane / 8;
+                u32 n = FROM == PAGED ? __shfl_sync(~0u, from, line) : first + line;
+                data[i] = first + line < units ? load(source + u64(n) * 128 + column) : make_ulonglong2(0, 0);
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                u32 n = first + i * 8;
-                if (TO != NOWHERE && n < units) {
-                    u64 to = TO == PAGED ? in_pages(job.target, job, chunk.pages, tokens, n, 16) : u64(n) * 16;
-                    __stcs((ulonglong2*)(target + to), data[i]);
-                }
+                u32 line = i * 4 + lane / 8;
+                u32 n = TO == PAGED ? __shfl_sync(~0u, to, line) : first + line;
+                if (TO != NOWHERE && first + line < units) store(target + u64(n) * 128 + column, data[i]);
+            }
+        } else if (BYTES == 16) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                u32 n = first + i * 32 + lane;
+                data[i] = make_ulonglong2(0, 0);
+                if (n < units) data[i] = load(source + (FROM == PAGED ? in_pages(job.source, job, chunk, n, 16) : u64(n) * 16));
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                u32 n = first + i * 32 + lane;
+                if (TO == NOWHERE || n >= units) continue;
+                store(target + (TO == PAGED ? in_pages(job.target, job, chunk, n, 16) : u64(n) * 16), data[i]);
             }
         } else {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) data[i] = move_bytes<FROM, TO>(job, chunk, source, target, first + i * 8 * PER);
+            for (int i = 0; i < 8; ++i)
+                data[i] = move_bytes<FROM, TO>(job, chunk, source, target, first + (i * 32 + lane) * 16);
         }
         if (SUM) {
             u64 h = hash(data, secrets, lane);
@@ -211,19 +246,21 @@ template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ 
     }
 }
 
-// ---- what is launched: in units of 16 bytes without the checksum and with it, and in bytes
+// ---- what is launched: in units of 128 bytes without the checksum and with it, of 16, and in bytes
 
 #define KERNEL(name, from, to, bytes, sum)                                                                             \
-    extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ Job job) {                          \
+    extern "C" __global__ void __launch_bounds__(512, 2) name(const __grid_constant__ Job job) {                       \
         move<from, to, bytes, sum>(job);                                                                               \
     }
-#define KERNELS(name, from, to)                                                                                        \
-    KERNEL(name, from, to, 16, false)                                                                                  \
-    KERNEL(name##_sum, from, to, 16, true)                                                                             \
+#define SUMS(name, from, to)                                                                                           \
+    KERNEL(name##_sum, from, to, 128, true)                                                                            \
+    KERNEL(name##_units_sum, from, to, 16, true)                                                                       \
     KERNEL(name##_bytes_sum, from, to, 1, true)
+#define KERNELS(name, from, to)                                                                                        \
+    KERNEL(name, from, to, 128, false)                                                                                 \
+    SUMS(name, from, to)
 
 KERNELS(pack, PAGED, PACKED)
 KERNELS(scatter, PACKED, PAGED)
 KERNELS(carry, PAGED, PAGED)
-KERNEL(digest_sum, PAGED, NOWHERE, 16, true)
-KERNEL(digest_bytes_sum, PAGED, NOWHERE, 1, true)
+SUMS(digest, PAGED, NOWHERE)

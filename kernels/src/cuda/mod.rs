@@ -9,7 +9,7 @@
 
 mod plan;
 
-pub use plan::{Chunk, Place, PlacesOf, Plan, PlanError, PlanLimits, Share};
+pub use plan::{Checksums, Chunk, Place, PlacesOf, Plan, PlanError, PlanLimits, Share};
 
 use crate::layout::PagedLayout;
 use cudarc::driver::{CudaFunction, CudaModule};
@@ -33,10 +33,12 @@ pub struct CudaKernels {
 
 /// One kernel as it is compiled.
 struct Kernel {
-    /// In units of 16 bytes, without the checksum; none if there is nothing else to do.
+    /// For rows of a multiple of 128 bytes, without the checksum; none if there is nothing else to do.
     plain: Option<CudaFunction>,
     sum: CudaFunction,
-    /// For rows that are no multiple of 16 bytes long, or do not begin at one.
+    /// For rows of a multiple of 16 bytes.
+    units_sum: CudaFunction,
+    /// For any rows, wherever they begin.
     bytes_sum: CudaFunction,
 }
 
@@ -72,6 +74,7 @@ impl Kernel {
         Ok(Kernel {
             plain: if plain { Some(variant("")?) } else { None },
             sum: variant("_sum")?,
+            units_sum: variant("_units_sum")?,
             bytes_sum: variant("_bytes_sum")?,
         })
     }

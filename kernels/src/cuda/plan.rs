@@ -4,11 +4,12 @@ use super::{BLOCK, CudaKernels, DevicePages, Kernel, LARGE_BLOCK};
 use crate::checksum::PIECE_BYTES;
 use crate::layout::PagedLayout;
 use cudarc::driver::{CudaEvent, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg, result};
+use std::collections::VecDeque;
 use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::Arc;
-use tandem_memory::HostRegion;
 use tandem_memory::cuda::{CudaError, DeviceExtent, DeviceRegion, PinnedRegion};
+use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::PageId;
 
 /// A chunk to be moved.
@@ -61,6 +62,15 @@ pub struct Share {
     pub checksum: bool,
     /// The most multiprocessors to use; all, if none is given. A link to another GPU needs a few only.
     pub multiprocessors: Option<NonZeroU32>,
+}
+
+/// What was moved of some layers.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Checksums {
+    /// The layers.
+    pub layers: Range<u32>,
+    /// Their checksums, `[layer][chunk]`.
+    pub sums: Vec<u64>,
 }
 
 /// What a plan can hold.
@@ -133,6 +143,14 @@ pub enum PlanError {
         /// Of which kind they are.
         places: PlacesOf,
     },
+    /// Checksums of a layer are under way already.
+    #[error("checksums of layers {}..{} were asked for, and those of {}..{} are not taken yet", range.start, range.end, earlier.start, earlier.end)]
+    Fetched {
+        /// The layers asked for.
+        range: Range<u32>,
+        /// Those that were asked for before.
+        earlier: Range<u32>,
+    },
     /// The plan was never set, or not without an error.
     #[error("the plan has no chunks: set it first")]
     Unset,
@@ -155,6 +173,14 @@ pub struct Plan {
     /// Where the sums begin.
     sums: usize,
     set: Option<Set>,
+    /// Of layers that do not overlap, in the stream's order.
+    fetches: VecDeque<Fetch>,
+}
+
+/// Checksums on their way to the host.
+struct Fetch {
+    layers: Range<u32>,
+    over: CudaEvent,
 }
 
 /// What the plan is set for.
@@ -259,11 +285,14 @@ impl Plan {
             sent: device.said("make an event", device.context().new_event(None))?,
             sums,
             set: None,
+            fetches: VecDeque::new(),
         })
     }
 
     /// Sets the chunks to be moved next, between pages of layout `here` and their places, all of one kind; those at
-    /// [`Place::Pages`] are of layout `there`, or of the same. What was launched before is not disturbed.
+    /// [`Place::Pages`] are of layout `there`, or of the same. What was launched before is not disturbed; checksums that
+    /// were asked for and not taken are lost. Waits until the GPU has taken in what was set before, which comes after all
+    /// that the stream was given by then.
     ///
     /// # Errors
     /// When something leaves its pool or has another length than it needs; then the plan has no chunks.
@@ -274,6 +303,7 @@ impl Plan {
         chunks: &[Chunk<'_>],
     ) -> Result<(), PlanError> {
         self.set = None;
+        self.fetches.clear();
         let pages: usize = chunks.iter().map(|chunk| chunk.pages.len()).sum();
         for (what, count, limit) in [
             ("chunks", chunks.len(), self.limits.chunks),
@@ -399,26 +429,69 @@ impl Plan {
     /// everything that the stream was given.
     ///
     /// # Errors
-    /// When the layers do not exist, or anything that the stream was given went wrong.
+    /// As [`Plan::fetch_checksums`], or when anything that the stream was given went wrong.
     pub fn checksums(&mut self, layers: Range<u32>) -> Result<Vec<u64>, PlanError> {
-        let Some(set) = &self.set else { return Ok(Vec::new()) };
+        self.fetch_checksums(layers)?;
+        let said = self.stream.synchronize();
+        self.kernels.device.said("bring checksums", said)?;
+        let fetch = self.fetches.pop_back().ok_or(PlanError::Unset)?;
+        self.fetched(fetch.layers)
+    }
+
+    /// Asks for the same without waiting: [`Plan::poll_checksums`] gives them when they have come.
+    ///
+    /// # Errors
+    /// When the layers do not exist, or some were asked for already and not taken.
+    pub fn fetch_checksums(&mut self, layers: Range<u32>) -> Result<(), PlanError> {
+        let set = self.set.as_ref().ok_or(PlanError::Unset)?;
         check_layers(&layers, &set.here)?;
+        let overlaps = |other: &Range<u32>| other.start < layers.end && layers.start < other.end;
+        if let Some(earlier) = self.fetches.iter().find(|fetch| overlaps(&fetch.layers)) {
+            return Err(PlanError::Fetched { range: layers, earlier: earlier.layers.clone() });
+        }
+        let device = &self.kernels.device;
+        let extent = self.sums_of(&layers, set)?;
+        // SAFETY: the memory is this plan's alone. Nothing else is copied to it before these sums are taken, and nobody
+        // reads it before the copy is over.
+        let bytes = unsafe { extent.bytes_mut() };
+        let from = self.device.address() + extent.offset() as u64;
+        // SAFETY: pinned memory, which the plan holds until the copy is over; the device's side is as long.
+        let said = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) };
+        let said = said.and_then(|()| self.stream.record_event(None));
+        let over = device.said("bring checksums", said)?;
+        self.fetches.push_back(Fetch { layers, over });
+        Ok(())
+    }
+
+    /// The layers that were asked for first, with their checksums, if they have come. Does not wait.
+    ///
+    /// # Errors
+    /// When anything that the stream was given before went wrong.
+    pub fn poll_checksums(&mut self) -> Result<Option<Checksums>, PlanError> {
+        let Some(fetch) = self.fetches.front() else { return Ok(None) };
+        if !self.kernels.device.said("bring checksums", fetch.over.try_is_complete())? {
+            return Ok(None);
+        }
+        let layers = fetch.layers.clone();
+        self.fetches.pop_front();
+        Ok(Some(Checksums { sums: self.fetched(layers.clone())?, layers }))
+    }
+
+    /// Sums whose copy is over.
+    fn fetched(&self, layers: Range<u32>) -> Result<Vec<u64>, PlanError> {
+        let set = self.set.as_ref().ok_or(PlanError::Unset)?;
+        let extent = self.sums_of(&layers, set)?;
+        // SAFETY: nothing is copied to these sums any more, and a new fetch needs this plan exclusively.
+        let (sums, _) = unsafe { extent.bytes() }.as_chunks::<8>();
+        let lens = set.tokens.iter().map(|tokens| set.here.layer_bytes(*tokens) as u64).cycle();
+        Ok(sums.iter().zip(lens).map(|(sum, len)| u64::from_le_bytes(*sum).wrapping_add(len)).collect())
+    }
+
+    /// Where the sums of these layers lie in host memory; at the same place in the device's.
+    fn sums_of(&self, layers: &Range<u32>, set: &Set) -> Result<Extent, PlanError> {
         let row = set.tokens.len() * 8;
         let at = self.sums + layers.start as usize * row;
-        let len = layers.len() * row;
-        let extent = self.host.memory().extent(at..at + len).map_err(CudaError::from)?;
-        let device = &self.kernels.device;
-        // SAFETY: the memory is this plan's alone, nothing else copies to it, and the copy ends before the slice is
-        // read.
-        let bytes = unsafe { extent.bytes_mut() };
-        // SAFETY: pinned memory, borrowed until the copy is over; the device's side is as long.
-        let said = unsafe {
-            result::memcpy_dtoh_async(bytes, self.device.address() + at as u64, self.stream.cu_stream())
-        };
-        device.said("bring checksums", said.and_then(|()| self.stream.synchronize()))?;
-        let lens = set.tokens.iter().map(|tokens| set.here.layer_bytes(*tokens) as u64).cycle();
-        let (sums, _) = bytes.as_chunks::<8>();
-        Ok(sums.iter().zip(lens).map(|(sum, len)| u64::from_le_bytes(*sum).wrapping_add(len)).collect())
+        Ok(self.host.memory().extent(at..at + layers.len() * row).map_err(CudaError::from)?)
     }
 
     fn set_for(&self, places: PlacesOf) -> Result<&Set, PlanError> {
@@ -446,13 +519,13 @@ impl Plan {
         let pieces = u32::try_from(pieces).ok().filter(|n| *n < 1 << 31);
         let pieces =
             pieces.ok_or(PlanError::Limit { what: "pieces of 4 KiB", count: pieces_of, limit: 1 << 31 })?;
-        let whole = set.aligned
-            && set.here.row_bytes.is_multiple_of(16)
+        let aligned = set.aligned
             && [source, target].into_iter().flatten().all(|pages| pages.storage.address() % 16 == 0);
-        let function = match &kernel.plain {
-            _ if !whole => &kernel.bytes_sum,
-            Some(plain) if !share.checksum => plain,
-            _ => &kernel.sum,
+        let (unit, function) = match (set.here.row_bytes, &kernel.plain) {
+            (row, _) if !aligned || !row.is_multiple_of(16) => (1, &kernel.bytes_sum),
+            (row, _) if !row.is_multiple_of(128) => (16, &kernel.units_sum),
+            (_, Some(plain)) if !share.checksum => (128, plain),
+            _ => (128, &kernel.sum),
         };
         let device = &self.kernels.device;
         let base = self.device.address();
@@ -476,7 +549,7 @@ impl Plan {
             target: raw(target, there),
             chunks: base,
             sums: base + self.sums as u64,
-            row: Divisor::new(if whole { set.here.row_bytes / 16 } else { set.here.row_bytes }),
+            row: Divisor::new(set.here.row_bytes / unit),
             page_tokens: Divisor::new(set.here.page_tokens),
             pieces_of: Divisor::new(pieces_of as u32),
             chunks_of: Divisor::new(chunks as u32),
