@@ -122,6 +122,11 @@ impl Gpu {
         Ok(Gpu { kernels: CudaKernels::load(&device)?, stream: device.stream()? })
     }
 
+    /// The same GPU with a stream of its own.
+    fn beside(&self) -> anyhow::Result<Gpu> {
+        Ok(Gpu { kernels: Arc::clone(&self.kernels), stream: self.kernels.device().stream()? })
+    }
+
     fn take(&self, len: usize) -> anyhow::Result<DeviceExtent> {
         Ok(DeviceRegion::take(self.kernels.device(), len)?.extent(0..len)?)
     }
@@ -539,14 +544,20 @@ fn verified(
     (owner, multiprocessors): (&mut Owner, Option<NonZeroU32>),
 ) -> anyhow::Result<Vec<f64>> {
     let per_chunk = (CHUNK_TOKENS / 16) as usize;
-    let mut plan = gpu.plan(shape)?;
-    set(&mut plan, shape, pages, |i| Place::Pages(&there_pages[i * per_chunk..(i + 1) * per_chunk]))?;
+    // Two streams, so that a part begins while the last writes and the checksums of the one before are under way. On few
+    // multiprocessors one: each stream would take as many.
+    let mut plans = Vec::new();
+    for _ in 0..if multiprocessors.is_none() { 2 } else { 1 } {
+        let mut plan = gpu.beside()?.plan(shape)?;
+        set(&mut plan, shape, pages, |i| Place::Pages(&there_pages[i * per_chunk..(i + 1) * per_chunk]))?;
+        plans.push(plan);
+    }
     // The peer compares some layers while others are under way, and has little left to do after the last.
     let mut parts = Vec::new();
     let mut from = 0;
     while from < shape.layout.layers {
         let left = shape.layout.layers - from;
-        let part = (left / 2).max(2).min(left);
+        let part = (left * 3 / 4).max(2).min(left);
         parts.push(from..from + part);
         from += part;
     }
@@ -555,14 +566,17 @@ fn verified(
         owner.ask("clear")?;
         owner.done()?;
         let began = Instant::now();
-        for layers in &parts {
+        for (index, layers) in parts.iter().enumerate() {
+            let stream = index % plans.len();
+            let plan = &mut plans[stream];
             plan.carry(source, there, layers.clone(), Share { checksum: true, multiprocessors })?;
             plan.fetch_checksums(layers.clone())?;
         }
         let mut sent = 0;
         while sent < parts.len() {
             ensure!(began.elapsed().as_secs() < 10, "layers do not get to the peer");
-            let Some(moved) = plan.poll_checksums()? else { continue };
+            let stream = sent % plans.len();
+            let Some(moved) = plans[stream].poll_checksums()? else { continue };
             let want =
                 moved.layers.start as usize * shape.chunks()..moved.layers.end as usize * shape.chunks();
             ensure!(moved.sums == sums[want], "the sender's checksums changed");

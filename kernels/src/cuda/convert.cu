@@ -58,27 +58,25 @@ const u64 P32_1 = 0x9E3779B1, P32_2 = 0x85EBCA77, P32_3 = 0xC2B2AE3D;
 const u64 P64_1 = 0x9E3779B185EBCA87, P64_2 = 0xC2B2AE3D27D4EB4F, P64_3 = 0x165667B19E3779F9,
           P64_4 = 0x85EBCA77C2B2AE63, P64_5 = 0x27D4EB2F165667C5;
 
-// Eight bytes of the secret from byte `at` on.
-__device__ __forceinline__ u64 secret(u32 at) {
-    u64 word = SECRET[at / 8];
-    return at % 8 == 0 ? word : word >> at % 8 * 8 | SECRET[at / 8 + 1] << 64 - at % 8 * 8;
-}
+// The words of the secret that one lane needs, in registers.
+struct Keys {
+    ulonglong2 of[2]; // of the lane's two stripes of a block
+    ulonglong2 last;  // of the last stripe of all
+    ulonglong2 scramble, merge;
 
-// Words of the secret, in the pairs that lanes take.
-struct Secrets {
-    ulonglong2 even[12], odd[12]; // words 2i and 2i + 1; words 2i + 1 and 2i + 2
-    ulonglong2 last[4], scramble[4], merge[4];
+    __device__ __forceinline__ explicit Keys(u32 lane) {
+        u32 pair = lane & 3, word = lane / 4 + 2 * pair;
+        of[0] = make_ulonglong2(secret(8 * word), secret(8 * word + 8));
+        of[1] = make_ulonglong2(secret(8 * word + 64), secret(8 * word + 72));
+        last = make_ulonglong2(secret(121 + 16 * pair), secret(129 + 16 * pair));
+        scramble = make_ulonglong2(secret(128 + 16 * pair), secret(136 + 16 * pair));
+        merge = make_ulonglong2(secret(11 + 16 * pair), secret(19 + 16 * pair));
+    }
 
-    __device__ void fill(u32 thread) {
-        if (thread < 12) {
-            even[thread] = make_ulonglong2(secret(16 * thread), secret(16 * thread + 8));
-            if (thread < 11) odd[thread] = make_ulonglong2(secret(16 * thread + 8), secret(16 * thread + 16));
-        } else if (thread >= 32 && thread < 36) {
-            u32 pair = thread - 32;
-            last[pair] = make_ulonglong2(secret(121 + 16 * pair), secret(129 + 16 * pair));
-            scramble[pair] = make_ulonglong2(secret(128 + 16 * pair), secret(136 + 16 * pair));
-            merge[pair] = make_ulonglong2(secret(11 + 16 * pair), secret(19 + 16 * pair));
-        }
+    // Eight bytes of the secret from byte `at` on.
+    static __device__ __forceinline__ u64 secret(u32 at) {
+        u64 word = __ldg(SECRET + at / 8);
+        return at % 8 == 0 ? word : word >> at % 8 * 8 | __ldg(SECRET + at / 8 + 1) << 64 - at % 8 * 8;
     }
 };
 
@@ -93,14 +91,13 @@ __device__ __forceinline__ u64 halve(u64 low, u64 high, bool keeps_high, u32 mas
 
 // XXH3-64 of the piece whose 16-byte units the lanes of a warp hold. Every lane has it. XXH3 goes through four blocks of
 // 16 stripes of four pairs of words: a lane has two stripes of each block, of one pair.
-__device__ __forceinline__ u64 hash(const ulonglong2 (&data)[8], const Secrets& secrets, u32 lane) {
+__device__ __forceinline__ u64 hash(const ulonglong2 (&data)[8], const Keys& keys, u32 lane) {
     u32 pair = lane & 3;
-    const ulonglong2* keys = (lane & 4 ? secrets.odd : secrets.even) + pair + (lane >> 3);
     u64 acc0[4] = {}, acc1[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         // The last stripe of all has a key of its own.
-        ulonglong2 key = i == 7 && lane >= 28 ? secrets.last[pair] : keys[i % 2 * 4];
+        ulonglong2 key = i == 7 && lane >= 28 ? keys.last : keys.of[i % 2];
         u64 k0 = data[i].x ^ key.x, k1 = data[i].y ^ key.y;
         acc0[i / 2] += data[i].y + u64(u32(k0)) * (k0 >> 32);
         acc1[i / 2] += data[i].x + u64(u32(k1)) * (k1 >> 32);
@@ -113,18 +110,16 @@ __device__ __forceinline__ u64 hash(const ulonglong2 (&data)[8], const Secrets& 
     own1 += __shfl_xor_sync(~0u, own1, 4);
     u64 sum0 = pair == 0 ? P32_3 : pair == 1 ? P64_2 : pair == 2 ? P64_4 : P64_5;
     u64 sum1 = pair == 0 ? P64_1 : pair == 1 ? P64_3 : pair == 2 ? P32_2 : P32_1;
-    ulonglong2 scramble = secrets.scramble[pair];
 #pragma unroll
     for (int block = 0; block < 4; ++block) {
         sum0 += __shfl_sync(~0u, own0, block * 8 + pair);
         sum1 += __shfl_sync(~0u, own1, block * 8 + pair);
         if (block < 3) {
-            sum0 = xor_shift_multiply(sum0, scramble.x);
-            sum1 = xor_shift_multiply(sum1, scramble.y);
+            sum0 = xor_shift_multiply(sum0, keys.scramble.x);
+            sum1 = xor_shift_multiply(sum1, keys.scramble.y);
         }
     }
-    ulonglong2 key = secrets.merge[pair];
-    u64 a = sum0 ^ key.x, b = sum1 ^ key.y;
+    u64 a = sum0 ^ keys.merge.x, b = sum1 ^ keys.merge.y;
     u64 folded = a * b ^ __umul64hi(a, b);
     folded += __shfl_xor_sync(~0u, folded, 1);
     folded += __shfl_xor_sync(~0u, folded, 2);
@@ -168,14 +163,9 @@ __device__ __noinline__ ulonglong2 move_bytes(const Job& job, const Chunk& chunk
     return make_ulonglong2(low, high);
 }
 
-// What no kernel writes while another reads it: past the first-level cache, and by lines next to each other into the
-// second.
+// Read and written once: neither cache is to keep it.
 __device__ __forceinline__ ulonglong2 load(u64 address) {
-    ulonglong2 value;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u64 {%0, %1}, [%2];"
-                 : "=l"(value.x), "=l"(value.y)
-                 : "l"(address));
-    return value;
+    return __ldcs((const ulonglong2*)address);
 }
 
 __device__ __forceinline__ void store(u64 address, ulonglong2 value) {
@@ -185,12 +175,8 @@ __device__ __forceinline__ void store(u64 address, ulonglong2 value) {
 // Moves in units of 128 bytes, which every row is a multiple of; of 16; or of one.
 template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ void move(const Job& job) {
     constexpr u32 UNITS = 4096 / BYTES;
-    __shared__ Secrets secrets;
-    if (SUM) {
-        secrets.fill(threadIdx.x);
-        __syncthreads();
-    }
     u32 lane = threadIdx.x & 31;
+    const Keys keys(lane); // that nothing uses, where there is no checksum
     u32 warps = gridDim.x * (blockDim.x / 32);
     for (u32 at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; at < job.pieces; at += warps) {
         u32 run = divide(at, job.pieces_of), piece = at - run * job.pieces_of.divisor;
@@ -240,7 +226,7 @@ template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ 
                 data[i] = move_bytes<FROM, TO>(job, chunk, source, target, first + (i * 32 + lane) * 16);
         }
         if (SUM) {
-            u64 h = hash(data, secrets, lane);
+            u64 h = hash(data, keys, lane);
             if (lane == 0) atomicAdd(job.sums + layer * job.chunks_of.divisor + index, placed(h, piece));
         }
     }
@@ -249,7 +235,7 @@ template <Place FROM, Place TO, int BYTES, bool SUM> __device__ __forceinline__ 
 // ---- what is launched: in units of 128 bytes without the checksum and with it, of 16, and in bytes
 
 #define KERNEL(name, from, to, bytes, sum)                                                                             \
-    extern "C" __global__ void __launch_bounds__(512, 2) name(const __grid_constant__ Job job) {                       \
+    extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ Job job) {                       \
         move<from, to, bytes, sum>(job);                                                                               \
     }
 #define SUMS(name, from, to)                                                                                           \
