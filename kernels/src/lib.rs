@@ -2,7 +2,8 @@
 //!
 //! - [`KvPages`]: the paged KV that a node owns. [`Kernels`]: pack pages into a chunk's contiguous extent
 //!   and scatter them back, with the checksum that travels beside it; [`contract`] is what every
-//!   implementation passes.
+//!   implementation passes. [`PagedLayout`]: the same for pages that other engines laid out.
+//! - `cuda`, with the feature of that name: pack, scatter, and both in one, on NVIDIA GPUs.
 //! - [`cpu`]: matrix products, attention over pages, norms, RoPE and the gated MLP for the CPU.
 //!
 //! Every number that [`cpu`] computes comes from a reduction whose order depends on its own row and on
@@ -10,10 +11,16 @@
 //!
 //! Nothing here allocates or frees a page, and nothing waits for anything but its own threads.
 
+mod checksum;
 pub mod contract;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod layout;
 mod pack;
 mod pages;
 
+pub use checksum::checksum;
+pub use layout::{Order, PagedLayout, Stored};
 pub use pack::{CpuKernels, Kernels, PackError, pack_layer, scatter_layer};
 pub use pages::{KvPages, PagesError};

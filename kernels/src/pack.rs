@@ -1,10 +1,10 @@
 //! Paged to packed and back, on the CPU. See `tandem_proto::layout` for both shapes.
 
+use crate::checksum::{self, Checksum};
 use crate::pages::KvPages;
 use rayon::prelude::*;
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::KvShape;
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 /// Bytes of a layer's extent from which its heads are copied on several threads. Below it, the checksum is
 /// taken from each run while it is in the first-level cache, which is faster.
@@ -16,7 +16,7 @@ pub trait Kernels {
     type Pages;
 
     /// Gathers one layer of `tokens` tokens, which lie in `pages`, into `out`, that layer's extent of a
-    /// packed chunk. Returns the XXH3-64 of `out`.
+    /// packed chunk. Returns the [`checksum`](crate::checksum()) of `out`.
     ///
     /// # Errors
     /// When lengths do not fit each other or the pool; `out` is then untouched.
@@ -29,7 +29,7 @@ pub trait Kernels {
         out: &mut [u8],
     ) -> Result<u64, PackError>;
 
-    /// The reverse of [`Kernels::pack`]. Returns the XXH3-64 of `packed` as it was read. Rows of the last
+    /// The reverse of [`Kernels::pack`]. Returns the checksum of `packed` as it was read. Rows of the last
     /// page beyond `tokens` keep what they hold.
     ///
     /// # Errors
@@ -152,14 +152,14 @@ pub fn pack_layer(
     };
     if out.len() >= PARALLEL_BYTES {
         out.par_chunks_mut(head_bytes).enumerate().for_each(|(index, out)| copy_head(index, out));
-        return Ok(xxh3_64(out));
+        return Ok(checksum::parallel(out));
     }
-    let mut hasher = Xxh3::new();
-    for (index, out) in out.chunks_mut(head_bytes).enumerate() {
-        copy_head(index, out);
-        hasher.update(out);
+    let mut sum = Checksum::default();
+    for (index, start) in (0..out.len()).step_by(head_bytes).enumerate() {
+        copy_head(index, &mut out[start..start + head_bytes]);
+        sum.ready(&out[..start + head_bytes]);
     }
-    Ok(hasher.digest())
+    Ok(sum.finish(out))
 }
 
 /// See [`Kernels::scatter`].
@@ -183,19 +183,19 @@ pub fn scatter_layer(
     let head_bytes = tokens as usize * shape.row_bytes();
     if packed.len() >= PARALLEL_BYTES {
         // Pages are what threads share here: each page's rows, of every head, are one thread's alone.
-        let checksum = xxh3_64(packed);
+        let checksum = checksum::parallel(packed);
         scatter_pages(kv, layer, pages, packed, head_bytes);
         return Ok(checksum);
     }
-    let mut hasher = Xxh3::new();
-    for (index, packed) in packed.chunks(head_bytes).enumerate() {
-        hasher.update(packed);
+    let mut sum = Checksum::default();
+    for (index, rows) in packed.chunks(head_bytes).enumerate() {
+        sum.ready(&packed[..(index + 1) * head_bytes]);
         let (head, value) = head_of(index);
-        for (page, from) in pages.iter().zip(packed.chunks(page_head_bytes(&shape))) {
+        for (page, from) in pages.iter().zip(rows.chunks(page_head_bytes(&shape))) {
             kv.head_mut(layer, *page, head, value)[..from.len()].copy_from_slice(from);
         }
     }
-    Ok(hasher.digest())
+    Ok(sum.finish(packed))
 }
 
 /// Scatters on several threads. `pages` are distinct and in the pool.
@@ -283,7 +283,7 @@ mod tests {
             (0..tokens as usize * shape.layer_token_bytes()).map(|i| ((i * 31) >> 3) as u8).collect();
         assert!(packed.len() >= PARALLEL_BYTES);
         let sum = scatter_layer(&mut kv, layer, &pages, tokens, &packed).unwrap();
-        assert_eq!(sum, xxh3_64(&packed));
+        assert_eq!(sum, checksum::checksum(&packed));
         let mut out = vec![0; packed.len()];
         assert_eq!(pack_layer(&kv, layer, &pages, tokens, &mut out).unwrap(), sum);
         assert!(out == packed);

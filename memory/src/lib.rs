@@ -6,8 +6,13 @@
 //! the borrow checker, because the writer may be another machine: so turning an extent into a slice is
 //! `unsafe`, and each caller says which lease makes it sound.
 //!
+//! With feature `cuda`, the module `cuda` has the same for GPUs: regions, extents, memory of other processes, and
+//! pinned host memory.
+//!
 //! This crate never decides who owns what, and never frees memory that a handle still names.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod file;
 mod foreign;
 mod region;

@@ -9,8 +9,8 @@ use crate::layout::{KvShape, MAX_LAYERS};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
-/// The version of the messages. Peers of another version are refused in the handshake.
-pub const WIRE_VERSION: u16 = 1;
+/// The version of the messages and of the checksums in them. Peers of another version are refused in the handshake.
+pub const WIRE_VERSION: u16 = 2;
 /// The longest frame that is encoded or decoded.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
 /// The longest prompt, in tokens.

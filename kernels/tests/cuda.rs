@@ -1,0 +1,569 @@
+//! The kernels on a real GPU, against the CPU. Without one, each test says that it was skipped, and passes.
+//! `TANDEM_SEED=N` plays other cases.
+
+use std::io::{BufRead, BufReader, Write};
+use std::num::NonZeroU32;
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+use tandem_kernels::contract::{self, PagesUnderTest};
+use tandem_kernels::cuda::{Chunk, CudaKernels, DevicePages, Place, Plan, PlanError, PlanLimits, Share};
+use tandem_kernels::{Kernels, Order, PackError, PagedLayout, Stored, checksum};
+use tandem_memory::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, IpcHandle};
+use tandem_proto::ids::{LayerIdx, PageId};
+use tandem_proto::layout::KvShape;
+
+/// A GPU with the kernels loaded.
+struct Gpu {
+    kernels: Arc<CudaKernels>,
+    stream: Arc<cudarc::driver::CudaStream>,
+}
+
+impl Gpu {
+    fn open(ordinal: usize) -> Option<Gpu> {
+        match Device::open(ordinal) {
+            Ok(device) => {
+                let kernels = CudaKernels::load(&device).unwrap();
+                Some(Gpu { kernels, stream: device.stream().unwrap() })
+            }
+            Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
+                println!("skipped: {error}");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn holding(&self, bytes: &[u8]) -> DeviceExtent {
+        let region = DeviceRegion::take(self.kernels.device(), bytes.len()).unwrap();
+        let extent = region.extent(0..bytes.len()).unwrap();
+        extent.write(&self.stream, bytes).unwrap();
+        extent
+    }
+
+    fn read(&self, extent: &DeviceExtent) -> Vec<u8> {
+        let mut bytes = vec![0; extent.len()];
+        extent.read(&self.stream, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn plan(&self, limits: PlanLimits) -> Plan {
+        Plan::new(&self.kernels, &self.stream, limits).unwrap()
+    }
+}
+
+/// SplitMix64.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    fn below(&mut self, end: u32) -> u32 {
+        (self.next() % u64::from(end)) as u32
+    }
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u32) as usize]
+    }
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = Vec::with_capacity(len + 8);
+        while bytes.len() < len {
+            bytes.extend(self.next().to_le_bytes());
+        }
+        bytes.truncate(len);
+        bytes
+    }
+    /// All pages of a pool, in random order.
+    fn pages(&mut self, pool: u32) -> Vec<PageId> {
+        let mut pages: Vec<PageId> = (0..pool).map(PageId).collect();
+        for i in (1..pages.len()).rev() {
+            pages.swap(i, self.below(i as u32 + 1) as usize);
+        }
+        pages
+    }
+}
+
+fn seed() -> u64 {
+    std::env::var("TANDEM_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)
+}
+
+/// A layout as engines have them, and some that none has.
+fn layout(random: &mut Random) -> PagedLayout {
+    let (stored, heads, dim) = match random.below(4) {
+        0 => (Stored::Latent, 1, 576),
+        1 => (Stored::KeysAndValues, 1 + random.below(5), 1 + random.below(70)),
+        _ => (Stored::KeysAndValues, random.one(&[1, 2, 4, 8]), random.one(&[64, 80, 96, 128, 256])),
+    };
+    PagedLayout {
+        layers: 1 + random.below(4),
+        pages: 0,
+        page_tokens: random.one(&[16, 32, 64, 128, 5]),
+        heads,
+        stored,
+        // fp8, f16 and bf16, f32.
+        row_bytes: dim * random.one(&[1, 2, 2, 4]),
+        order: random.one(&[Order::Heads, Order::Tokens]),
+    }
+}
+
+/// Chunks of random lengths whose pages are distinct, in pools somewhat larger.
+struct Case {
+    here: PagedLayout,
+    there: PagedLayout,
+    chunks: Vec<(u32, Vec<PageId>, Vec<PageId>)>,
+}
+
+impl Case {
+    fn draw(random: &mut Random) -> Case {
+        let here = layout(random);
+        let tokens: Vec<u32> = (0..1 + random.below(4)).map(|_| 1 + random.below(300)).collect();
+        let needed = |tokens: u32| tokens.div_ceil(here.page_tokens);
+        let all: u32 = tokens.iter().copied().map(needed).sum();
+        let here = PagedLayout { pages: all + 3, ..here };
+        let there = PagedLayout { pages: all + 1, order: random.one(&[Order::Heads, Order::Tokens]), ..here };
+        let (mut from, mut to) = (random.pages(here.pages), random.pages(there.pages));
+        let mut take = |tokens: u32| {
+            let at = needed(tokens) as usize;
+            (tokens, from.drain(..at).collect(), to.drain(..at).collect())
+        };
+        Case { here, there, chunks: tokens.into_iter().map(&mut take).collect() }
+    }
+
+    fn limits(&self) -> PlanLimits {
+        let pages = self.chunks.iter().map(|(_, pages, _)| pages.len()).sum();
+        PlanLimits { chunks: self.chunks.len(), pages, layers: self.here.layers }
+    }
+
+    fn packed_bytes(&self, tokens: u32) -> usize {
+        self.here.layer_bytes(tokens) * self.here.layers as usize
+    }
+}
+
+/// What the CPU makes of a case.
+struct Reference {
+    /// Each chunk, packed.
+    packed: Vec<Vec<u8>>,
+    /// `[layer][chunk]`.
+    sums: Vec<u64>,
+}
+
+impl Reference {
+    fn of(case: &Case, pool: &[u8]) -> Reference {
+        let mut packed: Vec<Vec<u8>> =
+            case.chunks.iter().map(|(tokens, ..)| vec![0; case.packed_bytes(*tokens)]).collect();
+        let mut sums = Vec::new();
+        for layer in 0..case.here.layers {
+            for ((tokens, pages, _), packed) in case.chunks.iter().zip(&mut packed) {
+                let len = case.here.layer_bytes(*tokens);
+                let out = &mut packed[layer as usize * len..][..len];
+                sums.push(case.here.pack(pool, LayerIdx(layer), pages, *tokens, out));
+            }
+        }
+        Reference { packed, sums }
+    }
+
+    /// A pool after the packed chunks were scattered to it.
+    fn scattered(&self, case: &Case, layout: &PagedLayout, there: bool, mut pool: Vec<u8>) -> Vec<u8> {
+        for ((tokens, here_pages, there_pages), packed) in case.chunks.iter().zip(&self.packed) {
+            let pages = if there { there_pages } else { here_pages };
+            let len = case.here.layer_bytes(*tokens);
+            for layer in 0..layout.layers {
+                let packed = &packed[layer as usize * len..][..len];
+                layout.scatter(&mut pool, LayerIdx(layer), pages, *tokens, packed);
+            }
+        }
+        pool
+    }
+}
+
+#[test]
+fn agrees_with_the_cpu() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    let mut random = Random(seed());
+    for round in 0..150 {
+        let case = Case::draw(&mut random);
+        let name = format!("seed {}, round {round}, {:?}", seed(), case.here);
+        check(&gpu, &case, &mut random, &name);
+    }
+}
+
+/// Pack, scatter, carry and digest, each of all layers at once or one by one.
+fn check(gpu: &Gpu, case: &Case, random: &mut Random, name: &str) {
+    let pool = random.bytes(case.here.bytes());
+    let want = Reference::of(case, &pool);
+    let source = DevicePages::new(case.here, gpu.holding(&pool)).unwrap();
+    // Something of its own before, between and behind the chunks.
+    let gap = random.one(&[16, 64, 3]);
+    let mut places = Vec::new();
+    let mut expected = vec![0xee; gap];
+    for packed in &want.packed {
+        places.push(expected.len()..expected.len() + packed.len());
+        expected.extend(packed);
+        expected.resize(expected.len() + gap, 0xee);
+    }
+    let landing = gpu.holding(&vec![0xee; expected.len()]);
+    let extents: Vec<DeviceExtent> = places.into_iter().map(|place| landing.part(place).unwrap()).collect();
+    let chunks: Vec<Chunk<'_>> = (case.chunks.iter().zip(&extents))
+        .map(|((tokens, pages, _), extent)| Chunk { tokens: *tokens, pages, place: Place::Packed(extent) })
+        .collect();
+    let all = 0..case.here.layers;
+    let share = Share {
+        checksum: true,
+        multiprocessors: random.one(&[None, NonZeroU32::new(1), NonZeroU32::new(32)]),
+    };
+    let mut plan = gpu.plan(case.limits());
+    plan.set(&case.here, None, &chunks).unwrap();
+    plan.pack(&source, all.clone(), share).unwrap();
+    // Those of the layers one by one, without waiting.
+    for layer in all.clone() {
+        plan.fetch_checksums(layer..layer + 1).unwrap();
+    }
+    let again = plan.fetch_checksums(all.clone());
+    assert!(matches!(again, Err(PlanError::Fetched { .. })), "{name}: asked for twice");
+    let mut sums = Vec::new();
+    let began = Instant::now();
+    while sums.len() < want.sums.len() {
+        assert!(began.elapsed() < Duration::from_secs(10), "{name}: checksums do not come");
+        if let Some(some) = plan.poll_checksums().unwrap() {
+            assert_eq!(some.layers.start as usize * case.chunks.len(), sums.len(), "{name}: out of order");
+            sums.extend(some.sums);
+        }
+    }
+    assert_eq!(plan.poll_checksums().unwrap(), None, "{name}: more than was asked for");
+    assert_eq!(sums, want.sums, "{name}: pack's checksums");
+    assert!(gpu.read(&landing) == expected, "{name}: packed");
+
+    let blank = random.bytes(case.here.bytes());
+    let target = DevicePages::new(case.here, gpu.holding(&blank)).unwrap();
+    for layer in all.clone() {
+        plan.scatter(&target, layer..layer + 1, share).unwrap();
+    }
+    assert_eq!(plan.checksums(all.clone()).unwrap(), want.sums, "{name}: scatter's checksums");
+    assert!(
+        gpu.read(target.storage()) == want.scattered(case, &case.here, false, blank),
+        "{name}: scattered"
+    );
+
+    plan.digest(&target, all.clone()).unwrap();
+    assert_eq!(plan.checksums(all.clone()).unwrap(), want.sums, "{name}: digests");
+
+    // The same without checksums, over what is there.
+    landing.write(&gpu.stream, &vec![0xee; expected.len()]).unwrap();
+    plan.pack(&target, all.clone(), Share { checksum: false, ..share }).unwrap();
+    assert!(gpu.read(&landing) == expected, "{name}: packed without checksums");
+
+    let blank = random.bytes(case.there.bytes());
+    let target = DevicePages::new(case.there, gpu.holding(&blank)).unwrap();
+    let chunks: Vec<Chunk<'_>> = (case.chunks.iter())
+        .map(|(tokens, pages, there)| Chunk { tokens: *tokens, pages, place: Place::Pages(there) })
+        .collect();
+    plan.set(&case.here, Some(&case.there), &chunks).unwrap();
+    plan.carry(&source, &target, all.clone(), share).unwrap();
+    assert_eq!(plan.checksums(all).unwrap(), want.sums, "{name}: carry's checksums");
+    assert!(gpu.read(target.storage()) == want.scattered(case, &case.there, true, blank), "{name}: carried");
+}
+
+/// What cannot be moved is refused, and what was moved once is not moved again by mistake.
+#[test]
+fn refuses_what_makes_no_sense() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    let layout = PagedLayout {
+        layers: 2,
+        pages: 4,
+        page_tokens: 16,
+        heads: 2,
+        stored: Stored::KeysAndValues,
+        row_bytes: 64,
+        order: Order::Heads,
+    };
+    let pages = DevicePages::new(layout, gpu.holding(&vec![0; layout.bytes()])).unwrap();
+    assert!(matches!(
+        DevicePages::new(PagedLayout { pages: 5, ..layout }, pages.storage().clone()),
+        Err(PlanError::Storage { .. })
+    ));
+    let packed = gpu.holding(&vec![0; layout.layer_bytes(20) * 2]);
+    let mut plan = gpu.plan(PlanLimits { chunks: 1, pages: 2, layers: 2 });
+    assert!(matches!(plan.pack(&pages, 0..1, Share::default()), Err(PlanError::Unset)));
+    let table = [PageId(3), PageId(0)];
+    let good = Chunk { tokens: 20, pages: &table, place: Place::Packed(&packed) };
+    let mut refused = |chunk: Chunk<'_>, problem: &str| {
+        let error = plan.set(&layout, None, &[chunk]).unwrap_err().to_string();
+        assert!(error.contains(problem), "{error}");
+    };
+    refused(Chunk { tokens: 0, ..good }, "0 tokens");
+    refused(Chunk { tokens: 33, ..good }, "which lie in 3");
+    refused(Chunk { tokens: 19, ..good }, "but 9728 are needed");
+    refused(Chunk { pages: &[PageId(3), PageId(4)], ..good }, "page 4 lies outside");
+    refused(Chunk { place: Place::Pages(&table[..1]), ..good }, "1 pages given");
+    assert!(matches!(plan.set(&layout, None, &[good, good]), Err(PlanError::Limit { .. })));
+    plan.set(&layout, None, &[Chunk { pages: &[PageId(1), PageId(1)], ..good }]).unwrap();
+    plan.pack(&pages, 0..2, Share::default()).unwrap();
+    assert!(matches!(plan.scatter(&pages, 0..2, Share::default()), Err(PlanError::PageTwice { .. })));
+    plan.set(&layout, None, &[good]).unwrap();
+    assert!(matches!(plan.pack(&pages, 1..3, Share::default()), Err(PlanError::Layers { .. })));
+    assert!(matches!(plan.carry(&pages, &pages, 0..1, Share::default()), Err(PlanError::OtherPlaces { .. })));
+    let other = PagedLayout { order: Order::Tokens, ..layout };
+    let other = DevicePages::new(other, pages.storage().clone()).unwrap();
+    assert!(matches!(plan.pack(&other, 0..1, Share::default()), Err(PlanError::OtherLayout { .. })));
+}
+
+/// The contract of `Kernels`, through a GPU: pages in its memory, extents in the host's.
+#[test]
+fn keeps_the_contract() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    *CONTRACT_GPU.lock().unwrap() = Some(gpu);
+    contract::check(&Staged, seed(), 60);
+    *CONTRACT_GPU.lock().unwrap() = None;
+}
+
+/// Pools are made by an associated function, so the GPU that they are made on is found here.
+static CONTRACT_GPU: Mutex<Option<Gpu>> = Mutex::new(None);
+
+struct Staged;
+
+struct StagedPages {
+    shape: KvShape,
+    pages: DevicePages,
+}
+
+fn with_gpu<T>(run: impl FnOnce(&Gpu) -> T) -> T {
+    run(CONTRACT_GPU.lock().unwrap().as_ref().expect("the contract's GPU"))
+}
+
+impl StagedPages {
+    fn rows(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> DeviceExtent {
+        let layout = self.pages.layout();
+        let start = layout.row(layer, page, kv_head, u32::from(value), 0);
+        let len = layout.page_tokens as usize * layout.row_bytes as usize;
+        self.pages.storage().part(start..start + len).unwrap()
+    }
+}
+
+impl PagesUnderTest for StagedPages {
+    fn create(shape: KvShape, pages: u32) -> Self {
+        let layout = PagedLayout::of(&shape, pages);
+        let storage = with_gpu(|gpu| gpu.holding(&vec![0; layout.bytes()]));
+        StagedPages { shape, pages: DevicePages::new(layout, storage).unwrap() }
+    }
+    fn read(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8> {
+        with_gpu(|gpu| gpu.read(&self.rows(layer, page, kv_head, value)))
+    }
+    fn write(&mut self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool, rows: &[u8]) {
+        with_gpu(|gpu| self.rows(layer, page, kv_head, value).write(&gpu.stream, rows).unwrap());
+    }
+}
+
+impl Kernels for Staged {
+    type Pages = StagedPages;
+
+    fn pack(
+        &self,
+        kv: &StagedPages,
+        layer: LayerIdx,
+        pages: &[PageId],
+        tokens: u32,
+        out: &mut [u8],
+    ) -> Result<u64, PackError> {
+        refusal(kv, layer, pages, tokens, out.len(), false)?;
+        with_gpu(|gpu| {
+            let (sum, landed) = staged(gpu, kv, layer, pages, tokens, None);
+            out.copy_from_slice(&landed);
+            Ok(sum)
+        })
+    }
+
+    fn scatter(
+        &self,
+        kv: &mut StagedPages,
+        layer: LayerIdx,
+        pages: &[PageId],
+        tokens: u32,
+        packed: &[u8],
+    ) -> Result<u64, PackError> {
+        refusal(kv, layer, pages, tokens, packed.len(), true)?;
+        with_gpu(|gpu| Ok(staged(gpu, kv, layer, pages, tokens, Some(packed)).0))
+    }
+}
+
+/// One layer of one chunk by way of memory of the GPU that holds all its layers.
+fn staged(
+    gpu: &Gpu,
+    kv: &StagedPages,
+    layer: LayerIdx,
+    pages: &[PageId],
+    tokens: u32,
+    scatter: Option<&[u8]>,
+) -> (u64, Vec<u8>) {
+    let layout = kv.pages.layout();
+    let (len, layers) = (layout.layer_bytes(tokens), layer.0..layer.0 + 1);
+    let extent = gpu.holding(&vec![0; len * layout.layers as usize]);
+    let part = extent.part(layer.0 as usize * len..(layer.0 as usize + 1) * len).unwrap();
+    let mut plan = gpu.plan(PlanLimits { chunks: 1, pages: pages.len(), layers: layout.layers });
+    plan.set(layout, None, &[Chunk { tokens, pages, place: Place::Packed(&extent) }]).unwrap();
+    let share = Share { checksum: true, multiprocessors: None };
+    match scatter {
+        None => plan.pack(&kv.pages, layers.clone(), share).unwrap(),
+        Some(packed) => {
+            part.write(&gpu.stream, packed).unwrap();
+            plan.scatter(&kv.pages, layers.clone(), share).unwrap();
+        }
+    }
+    (plan.checksums(layers).unwrap()[0], gpu.read(&part))
+}
+
+/// The refusals that the plan makes in words of its own.
+fn refusal(
+    kv: &StagedPages,
+    layer: LayerIdx,
+    pages: &[PageId],
+    tokens: u32,
+    len: usize,
+    scatter: bool,
+) -> Result<(), PackError> {
+    let (layout, shape) = (kv.pages.layout(), &kv.shape);
+    if layer.0 >= layout.layers {
+        return Err(PackError::NoSuchLayer { layer, layers: layout.layers });
+    }
+    if tokens == 0 || tokens > shape.chunk_tokens {
+        return Err(PackError::Tokens { tokens, chunk_tokens: shape.chunk_tokens });
+    }
+    let needed = shape.pages(tokens);
+    if pages.len() != needed as usize {
+        return Err(PackError::Pages { pages: pages.len(), tokens, needed });
+    }
+    if let Some(page) = pages.iter().find(|page| page.0 >= layout.pages) {
+        return Err(PackError::NoSuchPage { page: *page, pages: layout.pages });
+    }
+    if len != layout.layer_bytes(tokens) {
+        return Err(PackError::Extent { len, tokens, needed: layout.layer_bytes(tokens) });
+    }
+    match pages.iter().enumerate().find(|(at, page)| pages[..*at].contains(page)) {
+        Some((_, page)) if scatter => Err(PackError::PageTwice { page: *page }),
+        _ => Ok(()),
+    }
+}
+
+/// The case that two processes share: both can draw it.
+fn shared_case() -> (Case, Vec<u8>) {
+    let mut random = Random(seed() + 1000);
+    let mut case = Case::draw(&mut random);
+    while !case.here.row_bytes.is_multiple_of(16) {
+        case = Case::draw(&mut random);
+    }
+    let pool = random.bytes(case.here.bytes());
+    (case, pool)
+}
+
+/// Not a test of its own: what [`packs_into_the_memory_of_another_process`] starts.
+#[test]
+#[ignore = "started by another test"]
+fn owner() {
+    let Some(gpu) = Gpu::open(Device::count().unwrap() - 1) else { return };
+    let (case, pool) = shared_case();
+    let packed: usize = case.chunks.iter().map(|(tokens, ..)| case.packed_bytes(*tokens)).sum();
+    let landing = gpu.holding(&vec![0; packed]);
+    let blank = vec![0x55; case.there.bytes()];
+    let pages = gpu.holding(&blank);
+    for extent in [&landing, &pages] {
+        let hex: String =
+            extent.region().export().unwrap().0.iter().map(|byte| format!("{byte:02x}")).collect();
+        println!("handle {hex}");
+    }
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    let want = Reference::of(&case, &pool);
+    assert!(gpu.read(&landing) == want.packed.concat(), "packed by the other process");
+    assert!(
+        gpu.read(&pages) == want.scattered(&case, &case.there, true, blank),
+        "carried by the other process"
+    );
+    let there = DevicePages::new(case.there, pages).unwrap();
+    let chunks: Vec<Chunk<'_>> = (case.chunks.iter())
+        .map(|(tokens, _, pages)| Chunk { tokens: *tokens, pages, place: Place::Nowhere })
+        .collect();
+    let mut plan = gpu.plan(case.limits());
+    plan.set(&case.there, None, &chunks).unwrap();
+    plan.digest(&there, 0..case.there.layers).unwrap();
+    assert_eq!(plan.checksums(0..case.there.layers).unwrap(), want.sums);
+}
+
+#[test]
+fn packs_into_the_memory_of_another_process() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    println!("from GPU 0 to GPU {}", Device::count().unwrap() - 1);
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "owner", "--ignored", "--nocapture"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Heard to its end: the owner fails when it is not.
+    let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let handles: Vec<IpcHandle> = (lines.by_ref())
+        .filter_map(|line| Some(line.split_once("handle ")?.1.to_owned()))
+        .take(2)
+        .map(|hex| {
+            IpcHandle(std::array::from_fn(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap()))
+        })
+        .collect();
+    let (case, pool) = shared_case();
+    let want = Reference::of(&case, &pool);
+    let source = DevicePages::new(case.here, gpu.holding(&pool)).unwrap();
+    let import = |handle: &IpcHandle, len: usize| {
+        DeviceRegion::import(gpu.kernels.device(), handle, len).unwrap().extent(0..len).unwrap()
+    };
+    let landing = import(&handles[0], want.packed.iter().map(Vec::len).sum());
+    let mut at = 0;
+    let extents: Vec<DeviceExtent> = (want.packed.iter())
+        .map(|packed| {
+            at += packed.len();
+            landing.part(at - packed.len()..at).unwrap()
+        })
+        .collect();
+    let chunks: Vec<Chunk<'_>> = (case.chunks.iter().zip(&extents))
+        .map(|((tokens, pages, _), extent)| Chunk { tokens: *tokens, pages, place: Place::Packed(extent) })
+        .collect();
+    let layers = 0..case.here.layers;
+    let share = Share { checksum: true, multiprocessors: NonZeroU32::new(32) };
+    let mut plan = gpu.plan(case.limits());
+    plan.set(&case.here, None, &chunks).unwrap();
+    plan.pack(&source, layers.clone(), share).unwrap();
+    assert_eq!(plan.checksums(layers.clone()).unwrap(), want.sums);
+    let there = DevicePages::new(case.there, import(&handles[1], case.there.bytes())).unwrap();
+    let chunks: Vec<Chunk<'_>> = (case.chunks.iter())
+        .map(|(tokens, pages, there)| Chunk { tokens: *tokens, pages, place: Place::Pages(there) })
+        .collect();
+    plan.set(&case.here, Some(&case.there), &chunks).unwrap();
+    plan.carry(&source, &there, layers.clone(), share).unwrap();
+    assert_eq!(plan.checksums(layers).unwrap(), want.sums);
+    owner.stdin.take().unwrap().write_all(b"\n").unwrap();
+    lines.for_each(|line| println!("owner: {line}"));
+    assert!(owner.wait().unwrap().success(), "the owner found something else in its memory");
+}
+
+/// The hash of the kernels is XXH3's: one piece whose every byte counts.
+#[test]
+fn every_byte_counts() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    let layout = PagedLayout {
+        layers: 1,
+        pages: 1,
+        page_tokens: 16,
+        heads: 1,
+        stored: Stored::Latent,
+        row_bytes: 256,
+        order: Order::Heads,
+    };
+    let mut plan = gpu.plan(PlanLimits { chunks: 1, pages: 1, layers: 1 });
+    plan.set(&layout, None, &[Chunk { tokens: 16, pages: &[PageId(0)], place: Place::Nowhere }]).unwrap();
+    let mut bytes = Random(seed()).bytes(4096);
+    for at in (0..4096).step_by(13) {
+        bytes[at] ^= 1 << (at % 8);
+        let pages = DevicePages::new(layout, gpu.holding(&bytes)).unwrap();
+        plan.digest(&pages, 0..1).unwrap();
+        assert_eq!(plan.checksums(0..1).unwrap(), [checksum(&bytes)], "byte {at}");
+    }
+}

@@ -1,0 +1,148 @@
+use super::CudaError;
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use std::sync::Arc;
+
+/// A GPU, opened by this process. Whoever opens it again shares its context.
+pub struct Device {
+    context: Arc<CudaContext>,
+    name: String,
+    multiprocessors: u32,
+}
+
+impl Device {
+    /// How many GPUs there are.
+    ///
+    /// # Errors
+    /// When there is no driver, or it does not work.
+    pub fn count() -> Result<usize, CudaError> {
+        // SAFETY: opening NVIDIA's library runs its initialisers, which may run at any time.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(CudaError::NoDriver);
+        }
+        let said = result::init().and_then(|()| result::device::get_count());
+        match said {
+            Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+            Err(source) => Err(CudaError::Driver {
+                device: "NVIDIA's driver".to_owned(),
+                what: "start".to_owned(),
+                source,
+            }),
+        }
+    }
+
+    /// Opens GPU `ordinal`, counted from 0 as `CUDA_VISIBLE_DEVICES` shows them.
+    ///
+    /// # Errors
+    /// When it does not exist or cannot be used.
+    pub fn open(ordinal: usize) -> Result<Arc<Device>, CudaError> {
+        let count = Device::count()?;
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { ordinal, count });
+        }
+        let opened = CudaContext::new(ordinal).and_then(|context| {
+            let name = format!("GPU {ordinal} ({})", context.name()?);
+            let multiprocessors =
+                context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            Ok(Device { context, name, multiprocessors: u32::try_from(multiprocessors).unwrap_or(1) })
+        });
+        opened.map(Arc::new).map_err(|source| CudaError::Driver {
+            device: format!("GPU {ordinal}"),
+            what: "be opened".to_owned(),
+            source,
+        })
+    }
+
+    /// Its number and its model.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// As in [`Device::open`].
+    #[must_use]
+    pub fn ordinal(&self) -> usize {
+        self.context.ordinal()
+    }
+
+    /// Its multiprocessors.
+    #[must_use]
+    pub fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    /// The context that everything of this GPU lives in.
+    #[must_use]
+    pub fn context(&self) -> &Arc<CudaContext> {
+        &self.context
+    }
+
+    /// A stream that waits for no other.
+    ///
+    /// # Errors
+    /// When the driver makes no more.
+    pub fn stream(&self) -> Result<Arc<CudaStream>, CudaError> {
+        self.said("make a stream", self.context.new_stream())
+    }
+
+    /// Bytes of its memory that are free, and all of them.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.said("tell its free memory", self.context.mem_get_info())
+    }
+
+    /// Whether this GPU can write the memory of `peer` itself, over NVLink or PCIe.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn reaches(&self, peer: &Device) -> Result<bool, CudaError> {
+        let mut can = 0;
+        // SAFETY: both GPUs are open, and `can` is ours to write.
+        let said = unsafe {
+            sys::cuDeviceCanAccessPeer(&raw mut can, self.context.cu_device(), peer.context.cu_device())
+        };
+        self.said("tell whether it reaches another", said.result())?;
+        Ok(can != 0)
+    }
+
+    /// Makes this GPU's context the thread's, for calls that take the thread's.
+    pub(super) fn bind(&self) -> Result<(), CudaError> {
+        self.said("be used by this thread", self.context.bind_to_thread())
+    }
+
+    /// What the driver said to a request of this GPU.
+    ///
+    /// # Errors
+    /// When it refused: `what` says what.
+    pub fn said<T>(&self, what: &str, said: Result<T, DriverError>) -> Result<T, CudaError> {
+        said.map_err(|source| CudaError::Driver { device: self.name.clone(), what: what.to_owned(), source })
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_system_without_a_gpu_is_told_so() {
+        match Device::count() {
+            Ok(count) => {
+                let error = Device::open(count).unwrap_err();
+                assert!(matches!(error, CudaError::NoDevice { .. }), "{error}");
+            }
+            Err(error) => {
+                assert!(matches!(error, CudaError::NoDriver), "{error}");
+                assert!(error.to_string().contains("libcuda"), "{error}");
+                assert!(matches!(Device::open(0), Err(CudaError::NoDriver)));
+            }
+        }
+    }
+}

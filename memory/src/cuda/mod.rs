@@ -1,0 +1,49 @@
+//! Memory of NVIDIA GPUs. NVIDIA's driver is opened when it is first asked for: without one, everything here is
+//! refused with [`CudaError::NoDriver`], and nothing else happens.
+
+mod device;
+mod pinned;
+mod region;
+
+pub use device::Device;
+pub use pinned::PinnedRegion;
+pub use region::{DeviceExtent, DeviceRegion, IpcHandle};
+
+use crate::RegionError;
+use cudarc::driver::DriverError;
+
+/// Why a GPU, or its memory, cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    /// The system has no libcuda.
+    #[error("no GPU can be used: NVIDIA's driver (libcuda) was not found; install it, or use the CPU")]
+    NoDriver,
+    /// There is no such GPU.
+    #[error("GPU {ordinal} does not exist: this system shows {count}")]
+    NoDevice {
+        /// Which was asked for.
+        ordinal: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The GPU, the driver or the kernel cannot export memory as a dma-buf.
+    #[error("{device} exports no dma-buf: use nvidia-peermem, or a buffer in host memory")]
+    NoDmaBuf {
+        /// The GPU.
+        device: String,
+    },
+    /// The range leaves its memory.
+    #[error(transparent)]
+    Bounds(#[from] RegionError),
+    /// NVIDIA's driver refused.
+    #[error("{device} cannot {what}: {source}")]
+    Driver {
+        /// The GPU.
+        device: String,
+        /// What it was asked to do.
+        what: String,
+        /// What it said.
+        #[source]
+        source: DriverError,
+    },
+}

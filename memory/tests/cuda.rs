@@ -1,0 +1,146 @@
+//! Memory of a real GPU. Without one, each test says that it was skipped, and passes.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use tandem_memory::HostRegion;
+use tandem_memory::cuda::{CudaError, Device, DeviceRegion, IpcHandle, PinnedRegion};
+
+fn gpu(ordinal: usize) -> Option<Arc<Device>> {
+    match Device::open(ordinal) {
+        Ok(device) => Some(device),
+        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
+            println!("skipped: {error}");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|i| ((i * 31) >> 3) as u8).collect()
+}
+
+#[test]
+fn bytes_come_back() {
+    let Some(device) = gpu(0) else { return };
+    let stream = device.stream().unwrap();
+    let region = DeviceRegion::take(&device, 100_000).unwrap();
+    let sent = pattern(50_000);
+    let extent = region.extent(30_000..80_000).unwrap();
+    extent.write(&stream, &sent).unwrap();
+    let copy = DeviceRegion::take(&device, 50_000).unwrap().extent(0..50_000).unwrap();
+    extent.copy_to(&stream, &copy).unwrap();
+    let mut back = vec![0; 50_000];
+    copy.read(&stream, &mut back).unwrap();
+    assert_eq!(back, sent);
+    let mut back = vec![0; 20_000];
+    extent.part(10_000..30_000).unwrap().read(&stream, &mut back).unwrap();
+    assert_eq!(back, sent[10_000..30_000]);
+    assert!(extent.read(&stream, &mut back).is_err(), "of another length");
+    assert!(extent.copy_to(&stream, &copy.part(1..2).unwrap()).is_err(), "of another length");
+    assert!(region.extent(0..100_001).is_err());
+    assert!(extent.part(1..50_001).is_err());
+}
+
+#[test]
+fn memory_is_given_back() {
+    let Some(device) = gpu(0) else { return };
+    let free = || device.memory().unwrap().0;
+    let before = free();
+    let region = DeviceRegion::take(&device, 4 << 30).unwrap();
+    let extent = region.extent(0..1).unwrap();
+    drop(region);
+    assert!(free() + (3 << 30) < before, "an extent holds its region");
+    drop(extent);
+    assert!(free() + (1 << 30) > before, "nothing holds it");
+    let error = DeviceRegion::take(&device, 1 << 50).unwrap_err();
+    assert!(error.to_string().contains("1125899906842624 bytes"), "{error}");
+}
+
+#[test]
+fn host_memory_is_pinned_once_and_let_go() {
+    let Some(device) = gpu(0) else { return };
+    let stream = device.stream().unwrap();
+    for memory in [HostRegion::map(3 << 20).unwrap(), HostRegion::private(3 << 20).unwrap()] {
+        let pinned = PinnedRegion::pin(&device, Arc::clone(&memory)).unwrap();
+        let error = PinnedRegion::pin(&device, Arc::clone(&memory)).err().unwrap();
+        assert!(error.to_string().contains("pin 3145728 bytes"), "{error}");
+        let extent = pinned.memory().extent(0..1000).unwrap();
+        // SAFETY: this test is the only holder.
+        unsafe { extent.bytes_mut() }.fill(7);
+        let region = DeviceRegion::take(&device, 1000).unwrap().extent(0..1000).unwrap();
+        // SAFETY: as above.
+        region.write(&stream, unsafe { extent.bytes() }).unwrap();
+        let mut back = vec![0; 1000];
+        region.read(&stream, &mut back).unwrap();
+        assert_eq!(back, [7; 1000]);
+        drop(pinned);
+        PinnedRegion::pin(&device, memory).unwrap();
+    }
+}
+
+#[test]
+fn a_region_is_a_dma_buf_where_that_can_be() {
+    let Some(device) = gpu(0) else { return };
+    let region = DeviceRegion::take(&device, 5 << 20).unwrap();
+    match region.dma_buf() {
+        Ok(fd) => println!("dma-buf: {fd:?}"),
+        Err(error @ CudaError::NoDmaBuf { .. }) => println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Not a test of its own: what [`another_process_uses_the_memory`] starts.
+#[test]
+#[ignore = "started by another test"]
+fn owner() {
+    let Some(device) = gpu(Device::count().unwrap() - 1) else { return };
+    let stream = device.stream().unwrap();
+    let region = DeviceRegion::take(&device, 1 << 20).unwrap();
+    let extent = region.extent(0..1 << 20).unwrap();
+    extent.write(&stream, &pattern(1 << 20)).unwrap();
+    let hex: String = region.export().unwrap().0.iter().map(|byte| format!("{byte:02x}")).collect();
+    println!("handle {hex}");
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    extent.read(&stream, &mut bytes).unwrap();
+    let mut want = pattern(1 << 20);
+    want[1000..2000].fill(9);
+    assert_eq!(bytes, want, "what the other process wrote");
+}
+
+#[test]
+fn another_process_uses_the_memory() {
+    let Some(device) = gpu(0) else { return };
+    let stream = device.stream().unwrap();
+    let mut owner = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "owner", "--ignored", "--nocapture"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Heard to its end: the owner fails when it is not.
+    let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let hex =
+        lines.by_ref().filter_map(|line| Some(line.split_once("handle ")?.1.to_owned())).next().unwrap();
+    let mut handle = IpcHandle([0; 64]);
+    for (at, byte) in handle.0.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap();
+    }
+    let region = DeviceRegion::import(&device, &handle, 1 << 20).unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    region.extent(0..1 << 20).unwrap().read(&stream, &mut bytes).unwrap();
+    assert_eq!(bytes, pattern(1 << 20));
+    region.extent(1000..2000).unwrap().write(&stream, &[9; 1000]).unwrap();
+    assert!(region.export().is_err(), "imported memory cannot be passed on");
+    assert!(matches!(region.dma_buf(), Err(CudaError::NoDmaBuf { .. })));
+    drop(region);
+    // Two megabytes are the least that is taken.
+    let error = DeviceRegion::import(&device, &handle, (2 << 20) + 1).unwrap_err();
+    assert!(matches!(error, CudaError::Bounds(_)), "{error}");
+    assert!(DeviceRegion::import(&device, &IpcHandle([7; 64]), 1).is_err(), "no handle at all");
+    owner.stdin.take().unwrap().write_all(b"\n").unwrap();
+    lines.for_each(|line| println!("owner: {line}"));
+    assert!(owner.wait().unwrap().success());
+}
