@@ -44,7 +44,8 @@ fn pair_that_repairs(identity: &Identity, paths: &[Path], pause: Duration) -> [N
 }
 
 fn pair_with(identity: &Identity, config: NetConfig) -> [Node; 2] {
-    let config = NetConfig { tls_connections: 2, tls_turns: Some(2), ..config };
+    let tls_turns = config.tls_turns.or(Some(2));
+    let config = NetConfig { tls_connections: 2, tls_turns, ..config };
     let mut nodes = [0, 1].map(|node| {
         let mut transport = NetTransport::bind(ANY, identity, id(node), config.clone()).unwrap();
         let memory = HostRegion::map(REGION).unwrap();
@@ -162,6 +163,38 @@ fn who_sleeps_is_woken_however_few_events_there_may_be() {
                 std::thread::sleep(Duration::from_micros(100));
             }
         });
+    }
+}
+
+/// A write without a body may fill a batch, which is sent before anything else is sealed: its answer is one to a write
+/// that this side knows of.
+#[test]
+fn short_writes_are_known_before_they_are_answered() {
+    for turns in [1, 2] {
+        let config = NetConfig { paths: vec![Path::Tls], tls_turns: Some(turns), ..NetConfig::default() };
+        let mut nodes = pair_with(&identity(), config);
+        let region = nodes[1].region;
+        let window = nodes[1].transport.open_window(id(0), region, 0..REGION).unwrap();
+        nodes[0].events.clear();
+        for round in 0..40 {
+            for ticket in 0..250 {
+                let source = nodes[0].memory.extent(0..4096 - ticket as usize).unwrap();
+                let write = Write { ticket: round * 1000 + ticket, source, window, offset: 0, immediate: 0 };
+                nodes[0].transport.submit(id(1), write).unwrap();
+            }
+            let (begun, mut sent) = (Instant::now(), 0);
+            while sent < 250 {
+                for node in &mut nodes {
+                    node.transport.poll(&mut node.events);
+                }
+                nodes[1].events.clear();
+                for event in nodes[0].events.drain(..) {
+                    assert!(matches!(event, Event::Sent { .. }), "{turns} turns, round {round}: {event:?}");
+                    sent += 1;
+                }
+                assert!(begun.elapsed() < PATIENCE, "{turns} turns, round {round}: {sent} sent");
+            }
+        }
     }
 }
 
