@@ -579,6 +579,16 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_became_longer_is_filled_again() {
+        let mut path = Path::new(GIGABIT / 20.0, ms(5), 0.001, 1);
+        path.run(ms(1000));
+        path.round_trip = ms(50);
+        path.run(MIN_RTT_AGE + ms(2000));
+        let (share, _) = path.run(ms(2000));
+        assert!(share[0] > 0.85, "{share:?}");
+    }
+
+    #[test]
     fn connections_share_a_link() {
         for flows in [2, 4] {
             let mut path = Path::new(GIGABIT, ms(20), 0.001, flows);
