@@ -43,8 +43,10 @@ const SPIN: Duration = Duration::from_micros(5);
 /// Bytes of writes under way that make their sender nap instead of sleeping: it looks by itself when the peer may have
 /// copied a quarter of them, and the peer is spared from waking it, which holds up copying.
 const NAP_FROM: u64 = 512 << 10;
-/// What a peer copies in a nanosecond, four times over.
-const NAP_BYTES_PER_NS: u64 = 80;
+/// What a peer copies in a nanosecond while naps pay.
+const BYTES_PER_NS: u64 = 20;
+/// The longest nap: who naps is not woken, neither by answers nor by what the peer has to write.
+const MAX_NAP: Duration = Duration::from_micros(100);
 /// How often it sleeps after a nap that was too short: the peer copies slower, perhaps because other work needs the
 /// processors, which naps would only disturb.
 const SLEEPS_AFTER_VAIN_NAP: u32 = 64;
@@ -336,8 +338,9 @@ impl ShmLane {
             let idle = idle_since.get_or_insert_with(Instant::now).elapsed();
             let load = self.load();
             if load >= NAP_FROM && sleeps == 0 {
-                napped_for = load / 4;
-                self.socket.wait(Duration::from_nanos(load / NAP_BYTES_PER_NS));
+                let nap = Duration::from_nanos(load / 4 / BYTES_PER_NS).min(MAX_NAP);
+                napped_for = nap.as_nanos() as u64 * BYTES_PER_NS;
+                self.socket.wait(nap);
                 continue;
             }
             if idle < SPIN {
