@@ -115,10 +115,10 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     }
 }
 
-/// Of each, one to be damaged by fuzzing.
-pub(crate) fn samples() -> Vec<Vec<u8>> {
+/// One to be damaged by fuzzing: no two of its numbers are the same.
+pub(crate) fn sample() -> Header {
     let window = Window { region: 1, key: 2, offset: 3, len: 1 << 20 };
-    let header = Header {
+    Header {
         window,
         offset: 4,
         len: 20_000,
@@ -126,8 +126,12 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
         sequence: 6,
         floor: 7,
         failed: Some(Generation(5)),
-    };
-    vec![header.encode().to_vec(), Ack { sequence: 8, landed: true }.encode().to_vec()]
+    }
+}
+
+/// Of each, one to be damaged by fuzzing.
+pub(crate) fn samples() -> Vec<Vec<u8>> {
+    vec![sample().encode().to_vec(), Ack { sequence: 8, landed: true }.encode().to_vec()]
 }
 
 #[cfg(test)]

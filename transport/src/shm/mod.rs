@@ -12,7 +12,7 @@ mod hostile;
 mod ring;
 
 use crate::net::handshakes::Handshakes;
-use crate::net::header::Header;
+use crate::net::header::{self, Header};
 use crate::net::lane::{Generation, Job, Lane, LaneId, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
@@ -102,17 +102,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
 
 /// Of each, one to be damaged by fuzzing.
 pub(crate) fn samples() -> Vec<Vec<u8>> {
-    let window = Window { region: 1, key: 2, offset: 3, len: 1 << 20 };
-    let header = Header {
-        window,
-        offset: 4,
-        len: 20_000,
-        immediate: 5,
-        sequence: 6,
-        floor: 7,
-        failed: Some(Generation(5)),
-    };
-    let words = Announced { header, region: 8, at: 9 }.encode();
+    let words = Announced { header: header::sample(), region: 8, at: 9 }.encode();
     let mut samples = handover::samples();
     samples.push(words.iter().flat_map(|word| word.to_le_bytes()).collect());
     samples

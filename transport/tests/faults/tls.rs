@@ -1,5 +1,6 @@
 //! TLS between two nodes whose network does not mean well: every TCP byte between them goes through a relay.
 
+use crate::fault::Random;
 use crate::relay::{LOOPBACK, Relay, Tcp};
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
@@ -88,29 +89,12 @@ fn through(tcp: Tcp, make: impl Fn() -> [Node; 2]) -> ([Node; 2], Relay) {
     panic!("no TCP connection passed the relay");
 }
 
-/// splitmix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound as u64) as usize
-    }
-
-    /// Lengths around every place where the lane cuts, and any.
-    fn len(&mut self) -> usize {
-        let edges = [0, 1, 64, 4096, 1 << 14, (1 << 14) + 64, (1 << 14) + 4096, 2 << 14, 5 << 14, 1 << 20];
-        match self.below(3) {
-            0 => self.below(1 << 20),
-            _ => (edges[self.below(edges.len())] + self.below(5)).saturating_sub(2),
-        }
+/// Lengths around every place where the lane cuts, and any.
+fn any_length(random: &mut Random) -> usize {
+    let edges = [0, 1, 64, 4096, 1 << 14, (1 << 14) + 64, (1 << 14) + 4096, 2 << 14, 5 << 14, 1 << 20];
+    match random.below(3) {
+        0 => random.below(1 << 20),
+        _ => (edges[random.below(edges.len())] + random.below(5)).saturating_sub(2),
     }
 }
 
@@ -137,7 +121,7 @@ fn transfer(nodes: &mut [Node; 2], writes: usize, random: &mut Random) {
     let mut plans: Vec<(Window, usize, usize, bool)> = Vec::new();
     let mut at = random.below(5);
     for ticket in 0..writes {
-        let len = random.len().min(REGION - at.min(REGION));
+        let len = any_length(random).min(REGION - at.min(REGION));
         let (region, source) = (nodes[1].region.0, random.below(REGION - len));
         let window = nodes[1].transport.open_window(NodeId(1), region, at..at + len).unwrap();
         at = (at + len + random.below(2)).min(REGION);
