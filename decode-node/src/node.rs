@@ -5,7 +5,7 @@ use crate::inbound::{Arrival, Inbound};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tandem_engine::{Engine, Sequence};
-use tandem_kernels::KvPages;
+use tandem_kernels::{KvPages, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, Next, Shown};
 use tandem_proto::ids::{ChoiceIdx, NodeId, PageId, RequestId, Time};
@@ -21,7 +21,7 @@ pub struct Limits {
 
 /// A decode node.
 pub struct Node {
-    engine: Box<dyn Engine>,
+    engine: Box<dyn Engine<Pages = KvPages>>,
     kv: KvPages,
     pool: PagePool,
     inbound: Inbound,
@@ -69,7 +69,12 @@ impl Request {
 impl Node {
     /// A node with an empty pool.
     #[must_use]
-    pub fn new(engine: Box<dyn Engine>, kv: KvPages, inbound: Inbound, limits: Limits) -> Node {
+    pub fn new(
+        engine: Box<dyn Engine<Pages = KvPages>>,
+        kv: KvPages,
+        inbound: Inbound,
+        limits: Limits,
+    ) -> Node {
         let pool = PagePool::new(kv.pages());
         Node {
             engine,

@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::fingerprint::fingerprint;
 use crate::model::{Model, Step};
 use crate::weights::{Tensor, Weights};
-use crate::{Engine, EngineError, Isa, LoadError, Logits, MAX_STEP_TOKENS, ModelInfo, Sequence};
+use crate::{Engine, EngineError, Isa, LoadError, Logits, MAX_STEP_TOKENS, ModelInfo, Progress, Sequence};
 use std::path::Path;
 use tandem_kernels::KvPages;
 use tandem_kernels::cpu::{self, Cpu, Matrix, MatrixPart, RopeTable, Rows, read_f32};
@@ -137,6 +137,8 @@ impl CpuEngine {
 }
 
 impl Engine for CpuEngine {
+    type Pages = KvPages;
+
     fn info(&self) -> &ModelInfo {
         &self.info
     }
@@ -145,7 +147,7 @@ impl Engine for CpuEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut KvPages,
-        layer_done: &mut dyn FnMut(LayerIdx, &KvPages),
+        progress: &mut dyn FnMut(Progress, &KvPages),
     ) -> Result<Logits, EngineError> {
         self.check(batch, kv)?;
         let mut tokens = Vec::new();
@@ -161,7 +163,9 @@ impl Engine for CpuEngine {
         let step = Step { tokens: &tokens, spans: &spans, wanted: &wanted };
         let data = match batch {
             [] => Vec::new(),
-            _ => self.model.step(&mut self.backend, &step, kv, layer_done),
+            _ => self
+                .model
+                .step(&mut self.backend, &step, kv, &mut |layer, kv| progress(Progress::Layer(layer), kv)),
         };
         Ok(Logits { data, vocab_size: self.info.vocab_size as usize })
     }

@@ -23,4 +23,4 @@ mod pages;
 pub use checksum::checksum;
 pub use layout::{Order, PagedLayout, Stored};
 pub use pack::{CpuKernels, Kernels, PackError, pack_layer, scatter_layer};
-pub use pages::{KvPages, PagesError};
+pub use pages::{KvPages, Paged, PagesError};

@@ -130,7 +130,7 @@ pub struct Parts {
     /// What moves KV.
     pub transport: Box<dyn Transport>,
     /// The model.
-    pub engine: Box<dyn Engine>,
+    pub engine: Box<dyn Engine<Pages = KvPages>>,
     /// Its pages.
     pub kv: KvPages,
     /// Where the loop shows its state.

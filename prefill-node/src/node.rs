@@ -5,7 +5,7 @@ use crate::prompt::Prompt;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tandem_engine::sampling::{Sampler, SamplingError};
-use tandem_engine::{Engine, Sequence};
+use tandem_engine::{Engine, Progress, Sequence};
 use tandem_kernels::KvPages;
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, Next, Shown};
@@ -24,7 +24,7 @@ pub struct Limits {
 
 /// A prefill node.
 pub struct Node {
-    engine: Box<dyn Engine>,
+    engine: Box<dyn Engine<Pages = KvPages>>,
     kv: KvPages,
     pool: PagePool,
     outbound: Outbound,
@@ -66,7 +66,12 @@ struct Share {
 impl Node {
     /// A node with an empty pool.
     #[must_use]
-    pub fn new(engine: Box<dyn Engine>, kv: KvPages, outbound: Outbound, limits: Limits) -> Node {
+    pub fn new(
+        engine: Box<dyn Engine<Pages = KvPages>>,
+        kv: KvPages,
+        outbound: Outbound,
+        limits: Limits,
+    ) -> Node {
         let pool = PagePool::new(kv.pages());
         Node {
             engine,
@@ -302,7 +307,8 @@ impl Node {
             })
             .collect();
         let outbound = &mut self.outbound;
-        let result = self.engine.step(&batch, &mut self.kv, &mut |layer, pages| {
+        let result = self.engine.step(&batch, &mut self.kv, &mut |progress, pages| {
+            let Progress::Layer(layer) = progress else { return outbound.turn(pages) };
             for share in &shares {
                 for chunk in share.start / kv.chunk_tokens..share.end.div_ceil(kv.chunk_tokens) {
                     outbound.ready(share.request, ChunkIdx(chunk), layer);

@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use tandem_engine::single::{GenRequest, GenResult, SingleProcess};
-use tandem_engine::{CpuEngine, LoadOptions};
+use tandem_engine::{CpuEngine, Engine, LoadOptions};
+use tandem_kernels::KvPages;
 use tandem_proto::ids::{ChoiceIdx, TokenId};
 use tandem_proto::wire::SamplingParams;
 
@@ -91,7 +92,8 @@ pub fn assert_computes_the_same(model: &Path, prompts: &[Vec<TokenId>], answers:
 
 fn computed(model: &Path, prompts: &[Vec<TokenId>]) -> Vec<GenResult> {
     let engine = CpuEngine::load(model, LoadOptions::default()).expect("the model loads");
-    let mut single = SingleProcess::new(engine, 8192, 512).expect("room for the KV");
+    let kv = KvPages::new(engine.info().kv, 8192).expect("room for the KV");
+    let mut single = SingleProcess::new(engine, kv, 512);
     let requests: Vec<_> = prompts
         .iter()
         .map(|prompt| GenRequest {

@@ -1,6 +1,6 @@
 //! A model whose KV is a chain of hashes and whose next token depends on every byte of it.
 
-use tandem_engine::{Engine, EngineError, Logits, ModelInfo, Sequence};
+use tandem_engine::{Engine, EngineError, Logits, ModelInfo, Progress, Sequence};
 use tandem_kernels::KvPages;
 use tandem_proto::ids::{LayerIdx, PageId, TokenId};
 use tandem_proto::keys::Fingerprint;
@@ -99,6 +99,8 @@ fn read(kv: &KvPages, pages: &[PageId], position: u32, (layer, head, value): (u3
 }
 
 impl Engine for ChainEngine {
+    type Pages = KvPages;
+
     fn info(&self) -> &ModelInfo {
         &self.info
     }
@@ -107,7 +109,7 @@ impl Engine for ChainEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut KvPages,
-        layer_done: &mut dyn FnMut(LayerIdx, &KvPages),
+        progress: &mut dyn FnMut(Progress, &KvPages),
     ) -> Result<Logits, EngineError> {
         let chains: Vec<Vec<u64>> = batch
             .iter()
@@ -134,7 +136,7 @@ impl Engine for ChainEngine {
                     }
                 }
             }
-            layer_done(LayerIdx(layer), kv);
+            progress(Progress::Layer(LayerIdx(layer)), kv);
         }
         let logits: Vec<f32> = batch
             .iter()
