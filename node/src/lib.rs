@@ -21,10 +21,10 @@ mod status;
 pub use board::{Board, Shown};
 pub use clock::{Clock, ClockHand};
 pub use cluster::{Cluster, SendError, lane};
-pub use inbox::{Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
+pub use inbox::{CONVERSION_POLL_US, Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
 pub use member::Member;
 pub use router::RouterLink;
-pub use start::{NodeOptions, Parts, start};
+pub use start::{NodeLoop, NodeOptions, Parts, start};
 pub use status::StatusAddr;
 
 /// A random id for this incarnation of the process.

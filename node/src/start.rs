@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tandem_engine::{CpuEngine, Engine, LoadOptions};
-use tandem_kernels::KvPages;
+use tandem_kernels::{CpuKernels, Kernels, KvPages};
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
 use tandem_proto::layout::KvDtype;
 use tandem_proto::wire::{Hello, Role};
@@ -120,7 +120,7 @@ fn kv_dtype(text: &str) -> Result<KvDtype, String> {
 }
 
 /// What a node's loop is made of.
-pub struct Parts {
+pub struct Parts<E: Engine, K> {
     /// The machine's clock.
     pub clock: Clock,
     /// The way to router and peers.
@@ -130,22 +130,29 @@ pub struct Parts {
     /// What moves KV.
     pub transport: Box<dyn Transport>,
     /// The model.
-    pub engine: Box<dyn Engine<Pages = KvPages>>,
+    pub engine: E,
     /// Its pages.
-    pub kv: KvPages,
+    pub kv: E::Pages,
+    /// What moves KV between pages and the memory that the transport reads and writes.
+    pub kernels: K,
     /// Where the loop shows its state.
     pub board: Arc<Board>,
 }
 
-/// Starts a node and keeps it running until it is told to stop. `run` is its loop, on a thread of its own.
+/// What a node does once it has its parts.
+pub trait NodeLoop: Send + 'static {
+    /// Runs until the node is told to stop.
+    ///
+    /// # Errors
+    /// When it cannot go on.
+    fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()>;
+}
+
+/// Starts a node and keeps it running until it is told to stop. Its loop has a thread of its own.
 ///
 /// # Errors
 /// When something it needs cannot be had.
-pub fn start(
-    options: NodeOptions,
-    role: Role,
-    run: impl FnOnce(Parts) -> anyhow::Result<()> + Send + 'static,
-) -> anyhow::Result<()> {
+pub fn start(options: NodeOptions, role: Role, node_loop: impl NodeLoop) -> anyhow::Result<()> {
     options.process.start_logs()?;
     let shutdown = Shutdown::on_signals()?;
     #[cfg(feature = "rdma")]
@@ -214,15 +221,16 @@ pub fn start(
             cluster: Box::new(member.clone()),
             inbox,
             transport: Box::new(transport),
-            engine: Box::new(engine),
+            engine,
             kv,
+            kernels: CpuKernels::default(),
             board: Arc::clone(&status.board),
         };
         let (done, mut finished) = oneshot::channel();
         std::thread::Builder::new().name(format!("{role}-loop")).spawn(move || {
             unpark.bind_current_thread();
             // Nobody listens only if the process is ending anyway.
-            let _ = done.send(run(parts));
+            let _ = done.send(node_loop.run(parts));
         })?;
         let result = tokio::select! {
             result = &mut finished => result,

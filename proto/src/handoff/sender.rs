@@ -170,7 +170,8 @@ impl Sender {
     }
 
     /// The next extent to pack and write, if there is one. Its end must be reported by [`Sender::sent`] or
-    /// [`Sender::not_sent`], whatever happens to the request meanwhile.
+    /// [`Sender::not_sent`], whatever happens to the request meanwhile, unless its peer was
+    /// [severed](Sender::severed).
     pub fn next_push(&mut self) -> Option<Push> {
         while let Some((request, chunk)) = self.pushable.pop_front() {
             let Some(outgoing) = self.requests.get_mut(&request) else {
@@ -203,6 +204,12 @@ impl Sender {
             });
         }
         None
+    }
+
+    /// Whether the request was given up, or is over: what is not yet written of it need not be.
+    #[must_use]
+    pub fn is_given_up(&self, request: RequestId) -> bool {
+        self.requests.get(&request).is_none_or(|outgoing| outgoing.draining.is_some())
     }
 
     /// A push has landed; `digest` is the checksum of the bytes that were written.
