@@ -469,9 +469,7 @@ fn owner() {
     let blank = vec![0x55; case.there.bytes()];
     let pages = gpu.holding(&blank);
     for extent in [&landing, &pages] {
-        let hex: String =
-            extent.region().export().unwrap().0.iter().map(|byte| format!("{byte:02x}")).collect();
-        println!("handle {hex}");
+        println!("handle {}", extent.region().export().unwrap());
     }
     std::io::stdin().read_line(&mut String::new()).unwrap();
     let want = Reference::of(&case, &pool);
@@ -503,11 +501,8 @@ fn packs_into_the_memory_of_another_process() {
     // Heard to its end: the owner fails when it is not.
     let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
     let handles: Vec<IpcHandle> = (lines.by_ref())
-        .filter_map(|line| Some(line.split_once("handle ")?.1.to_owned()))
+        .filter_map(|line| Some(line.split_once("handle ")?.1.parse().unwrap()))
         .take(2)
-        .map(|hex| {
-            IpcHandle(std::array::from_fn(|at| u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap()))
-        })
         .collect();
     let (case, pool) = shared_case();
     let want = Reference::of(&case, &pool);

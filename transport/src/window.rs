@@ -155,7 +155,10 @@ impl Landing {
     }
 
     /// Where the window's bytes are.
-    #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
+    #[cfg_attr(
+        not(any(feature = "rdma", feature = "cuda")),
+        expect(dead_code, reason = "only devices land by themselves")
+    )]
     pub(crate) fn extent(&self) -> &Extent {
         &self.extent
     }
@@ -200,6 +203,35 @@ impl Landing {
         // waits for the stripes held here; windows do not overlap, and whoever else writes any of these bytes
         // needs one of these stripes too.
         write(unsafe { place.bytes_mut() });
+        true
+    }
+
+    /// Puts bytes that have landed to where they are true: on the GPU, if the window's region has a twin. Before they are
+    /// reported. False if the window has been closed, or the GPU fails.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub(crate) fn deposit(&self, at: u64, len: u64) -> bool {
+        if self.extent.region().twin().is_none() {
+            return true;
+        }
+        let (start, end) = (at as usize, (at + len) as usize);
+        let Ok(place) = self.extent.part(start..end) else { return false };
+        crate::twin::pieces(&place).all(|piece| {
+            let start = piece.offset() - self.extent.offset();
+            let stripes = self.stripes_of(start..start + piece.len());
+            let held: Vec<_> = stripes.map(|i| lock(&self.stripes[i].0)).collect();
+            // Who closes the window waits for a piece at most.
+            !held.iter().any(|closed| **closed)
+                && piece
+                    .deposit()
+                    .inspect_err(|error| tracing::error!(%error, "what has landed is lost"))
+                    .is_ok()
+        })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[must_use]
+    pub(crate) fn deposit(&self, _at: u64, _len: u64) -> bool {
         true
     }
 

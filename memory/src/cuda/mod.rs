@@ -4,10 +4,12 @@
 mod device;
 mod pinned;
 mod region;
+mod twin;
 
 pub use device::Device;
 pub use pinned::PinnedRegion;
 pub use region::{DeviceExtent, DeviceRegion, IpcHandle};
+pub(crate) use twin::Twin;
 
 use crate::RegionError;
 use cudarc::driver::DriverError;

@@ -29,6 +29,31 @@ enum Origin {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct IpcHandle(pub [u8; 64]);
 
+/// In hexadecimal digits.
+impl std::fmt::Display for IpcHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::str::FromStr for IpcHandle {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<IpcHandle, String> {
+        let wrong = || format!("{text:?} is no handle: it has 128 hexadecimal digits");
+        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+        let mut handle = IpcHandle([0; 64]);
+        if pairs.len() != handle.0.len() || !rest.is_empty() {
+            return Err(wrong());
+        }
+        for (byte, [high, low]) in handle.0.iter_mut().zip(pairs) {
+            let digit = |digit: u8| char::from(digit).to_digit(16).ok_or_else(wrong);
+            *byte = (digit(*high)? << 4 | digit(*low)?) as u8;
+        }
+        Ok(handle)
+    }
+}
+
 impl DeviceRegion {
     /// Takes `len` bytes (at least one) of the GPU's memory, with what was in them before.
     ///
@@ -151,10 +176,8 @@ impl DeviceRegion {
     /// # Errors
     /// When the range leaves the region.
     pub fn extent(self: &Arc<Self>, range: Range<usize>) -> Result<DeviceExtent, CudaError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len }.into());
-        }
-        Ok(DeviceExtent { region: Arc::clone(self), start: range.start, len: range.end - range.start })
+        let len = RegionError::check(&range, self.len)?;
+        Ok(DeviceExtent { region: Arc::clone(self), start: range.start, len })
     }
 }
 
@@ -220,11 +243,8 @@ impl DeviceExtent {
     /// # Errors
     /// When `range` leaves the extent.
     pub fn part(&self, range: Range<usize>) -> Result<DeviceExtent, CudaError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len }.into());
-        }
-        let (region, start) = (Arc::clone(&self.region), self.start + range.start);
-        Ok(DeviceExtent { region, start, len: range.end - range.start })
+        let len = RegionError::check(&range, self.len)?;
+        Ok(DeviceExtent { region: Arc::clone(&self.region), start: self.start + range.start, len })
     }
 
     /// Copies its bytes to the host, after what `stream` was given before; returns when they are there.
@@ -275,5 +295,20 @@ impl DeviceExtent {
             return Ok(());
         }
         Err(RegionError::OutOfBounds { start: 0, end: len, len: self.len }.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_survive_as_text() {
+        let handle = IpcHandle(std::array::from_fn(|at| (at * 37) as u8));
+        let text = handle.to_string();
+        assert_eq!(text.parse(), Ok(handle));
+        for wrong in ["", &text[1..], &format!("{text}0"), &text.replace('0', "g")] {
+            assert!(wrong.parse::<IpcHandle>().is_err(), "{wrong}");
+        }
     }
 }

@@ -5,6 +5,8 @@ use super::life::Life;
 use super::node::Node;
 use crate::transport::Write;
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use tandem_memory::Extent;
 
 /// A kind of way between two nodes. Better ones come first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -127,6 +129,12 @@ pub(crate) trait Lane: Send + Sync {
     fn id(&self) -> LaneId;
 
     fn path(&self) -> Path;
+
+    /// Whether it reads this source's twin by itself; else it reads the host's side.
+    #[cfg(feature = "cuda")]
+    fn reads_twin(&self, _source: &Extent) -> bool {
+        false
+    }
 
     /// Takes a write. Never blocks. The lane may be closed already: then it does nothing.
     fn push(&self, job: Job);

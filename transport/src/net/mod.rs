@@ -253,6 +253,7 @@ impl NetTransport {
             }
         });
         let node = Arc::new(Node::new(local, config, workers, shm, tls, seed)?);
+        node.fetches.start(&node).map_err(BindError::Thread)?;
         if node.tls().is_some() {
             let accepting = Arc::clone(&node);
             node.spawn("tls-accept".into(), move || tls::accept(&accepting)).map_err(BindError::Thread)?;

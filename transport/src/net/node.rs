@@ -15,6 +15,7 @@ use crate::quic::Link;
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
 use crate::rng::Rng;
 use crate::transport::{Event, FailReason, Held, RegionId, SeverReason, SubmitError, TransportError, Write};
+use crate::twin::Fetches;
 use crate::window::Windows;
 use crate::{shm, tls};
 use quinn::Connection;
@@ -66,6 +67,8 @@ pub(crate) struct Node {
     /// The RDMA devices of this host; none if there are none.
     #[cfg(feature = "rdma")]
     rdma: Option<Arc<Rdma>>,
+    /// Writes that wait for bytes from a GPU.
+    pub(crate) fetches: Fetches,
     /// Threads of lanes, and the one that takes them.
     threads: Mutex<Vec<JoinHandle<()>>>,
     keys: Mutex<Rng>,
@@ -202,6 +205,7 @@ impl Node {
             #[cfg(feature = "rdma")]
             rdma: rdma_devices(&config)?,
             config,
+            fetches: Fetches::default(),
             threads: Mutex::default(),
             keys: Mutex::new(Rng::new(seed)),
             counters: Counters::default(),
@@ -229,6 +233,7 @@ impl Node {
         for life in lives {
             self.end(&mut lock(&self.peers), &life, SeverReason::Asked);
         }
+        self.fetches.stop();
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             // A panic there has been reported by the panic hook.
             let _ = thread.join();
@@ -303,7 +308,7 @@ impl Node {
             Some(Peer { state: State::Life(life), .. }) => Arc::clone(life),
             _ => return Err(SubmitError::NotConnected { peer }),
         };
-        life.submit(write, self.config.write_limit)
+        life.submit(write, self.config.write_limit, &self.fetches)
     }
 
     pub(super) fn poll(&self, events: &mut Vec<Event>) {
@@ -438,7 +443,7 @@ impl Node {
             lane.close(reason);
         }
         let peer = life.peer;
-        match life.leave(generation, &format!("{path} failed: {reason}")) {
+        match life.leave(generation, &format!("{path} failed: {reason}"), &self.fetches) {
             Moved::Nothing => {}
             Moved::Repeated { lanes, writes } => {
                 let now = life.path().map_or("none", Path::name);
@@ -950,6 +955,25 @@ impl Node {
         exchange.offer(&Offers { secret, shm, tls, rdma: None }).await
     }
 
+    #[cfg(feature = "cuda")]
+    pub(crate) fn life(&self, peer: NodeId, number: u64) -> Option<Arc<Life>> {
+        match &lock(&self.peers).get(&peer)?.state {
+            State::Life(life) if life.number == number => Some(Arc::clone(life)),
+            _ => None,
+        }
+    }
+
+    /// A source's bytes cannot be had from its GPU, for any lane.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn source_failed(&self, life: &Life, error: &str) {
+        tracing::error!(peer = %life.peer, error, "a source cannot be read");
+        self.end(
+            &mut lock(&self.peers),
+            life,
+            SeverReason::Lost(format!("a source cannot be read: {error}")),
+        );
+    }
+
     /// The life that a lane on its way belongs to, as `secret` proves, and what the lane is called there.
     pub(crate) fn life_of_lane(
         &self,
@@ -1225,6 +1249,8 @@ impl Node {
                 "QUIC connection ended"
             );
         }
+        // No source is read any more when its write is reported.
+        self.fetches.wait();
         for (of_all, of_peer, packets) in {
             let (sent, lost) = packets_of(&links);
             let (all, own) = (&self.counters, &life.counters);

@@ -518,6 +518,9 @@ impl ShmLane {
             copied.map_err(|_| Error::Rule("a write from beyond its region"))?;
             done += piece as u64;
         }
+        if !landing.deposit(offset, len) {
+            return Ok(Some(false));
+        }
         let open = lock(&self.open);
         // What was copied after the writer took its source back may be anything.
         if !*open || !self.peers.lent_until_now() {
