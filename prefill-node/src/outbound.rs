@@ -23,7 +23,8 @@ pub struct Outbound<K: Kernels> {
     sender: Sender,
     shape: KvShape,
     staging: Staging,
-    packing: HashMap<Ticket, Packing>,
+    /// What is being packed into which slot.
+    packing: HashMap<Ticket, (Push, Extent)>,
     /// What found no room in the transport's queue.
     packed: Vec<UnderWay>,
     under_way: HashMap<u64, UnderWay>,
@@ -81,13 +82,6 @@ struct Handover {
     layers: u32,
     landed: u32,
     bytes: u64,
-}
-
-/// A layer that is being packed into its slot.
-struct Packing {
-    /// None if its peer was severed meanwhile: then nobody waits for it, and it only keeps its slot.
-    push: Option<Push>,
-    slot: Extent,
 }
 
 /// A packed layer, on its way.
@@ -390,7 +384,6 @@ impl<K: Kernels> Outbound<K> {
                     }
                 }
                 Event::Severed { peer, reason } => {
-                    self.abandon_packed(peer);
                     self.forget_link(peer, &reason.to_string());
                     self.severing.remove(&peer);
                     self.sender.severed(peer);
@@ -466,10 +459,8 @@ impl<K: Kernels> Outbound<K> {
             self.stopped = true;
         }
         for Converted { ticket, checksum } in converted.drain(..) {
-            let Some(Packing { push, slot }) = self.packing.remove(&ticket) else { continue };
-            match push {
-                Some(push) => self.packed.push(UnderWay { push, digest: checksum, slot }),
-                None => self.staging.free.push(slot),
+            if let Some((push, slot)) = self.packing.remove(&ticket) {
+                self.packed.push(UnderWay { push, digest: checksum, slot });
             }
         }
         self.converted = converted;
@@ -487,7 +478,7 @@ impl<K: Kernels> Outbound<K> {
         self.next_ticket += 1;
         match begin_to_pack(&mut self.kernels, ticket, kv, &push, pages, &out) {
             Ok(()) => {
-                self.packing.insert(ticket, Packing { push: Some(push), slot });
+                self.packing.insert(ticket, (push, slot));
                 Ok(())
             }
             Err(error) => Err((slot, error.to_string())),
@@ -526,15 +517,6 @@ impl<K: Kernels> Outbound<K> {
         self.staging.free.push(slot);
         self.sender.not_sent(self.clock.now(), request, why);
         self.act();
-    }
-
-    /// The peer was severed: nothing is written to it, and what is being packed for it is packed for nobody.
-    fn abandon_packed(&mut self, peer: NodeId) {
-        for packing in self.packing.values_mut() {
-            packing.push = packing.push.filter(|push| push.to != peer);
-        }
-        let abandoned = self.packed.extract_if(.., |packed| packed.push.to == peer);
-        self.staging.free.extend(abandoned.map(|packed| packed.slot));
     }
 }
 

@@ -170,8 +170,7 @@ impl Sender {
     }
 
     /// The next extent to pack and write, if there is one. Its end must be reported by [`Sender::sent`] or
-    /// [`Sender::not_sent`], whatever happens to the request meanwhile, unless its peer was
-    /// [severed](Sender::severed).
+    /// [`Sender::not_sent`], whatever happens to the request meanwhile.
     pub fn next_push(&mut self) -> Option<Push> {
         while let Some((request, chunk)) = self.pushable.pop_front() {
             let Some(outgoing) = self.requests.get_mut(&request) else {
