@@ -153,6 +153,8 @@ pub struct Compute {
     failed: Option<ComputeError>,
     /// How often memory that a captured graph may name was replaced.
     generation: u64,
+    /// What it was when a graph was begun.
+    captured: u64,
     batch: Batch,
     /// The step's description in host memory, not written before `sent`, and on the GPU.
     upload: Option<(PinnedRegion, Arc<DeviceRegion>)>,
@@ -399,6 +401,7 @@ impl Compute {
             dtype,
             failed: None,
             generation: 0,
+            captured: 0,
             batch: Batch::default(),
             upload: None,
             sent: event()?,
@@ -1026,22 +1029,28 @@ impl Compute {
 
     // ---- Graphs
 
-    /// Records what `run` queues, instead of doing it.
+    /// Records what is queued from now on, instead of doing it.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn begin_capture(&mut self) -> Result<(), ComputeError> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.captured = self.generation;
+        Ok(self.device.said("record a graph", self.stream.begin_capture(mode))?)
+    }
+
+    /// What was queued since [`Compute::begin_capture`].
     ///
     /// # Errors
     /// When something in it cannot be recorded: for one, memory had to be taken.
-    pub fn capture(&mut self, run: impl FnOnce(&mut Compute)) -> Result<Graph, ComputeError> {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        let generation = self.generation;
-        self.device.said("record a graph", self.stream.begin_capture(mode))?;
-        run(self);
+    pub fn end_capture(&mut self) -> Result<Graph, ComputeError> {
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.device.said("make a graph", self.stream.end_capture(flags));
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
         match graph? {
-            Some(graph) if generation == self.generation => Ok(Graph(graph)),
+            Some(graph) if self.captured == self.generation => Ok(Graph(graph)),
             _ => Err(ComputeError::Capture),
         }
     }
