@@ -2,18 +2,21 @@
 //! owns.
 //!
 //! - [`Engine`]: one forward step over new tokens of several sequences. [`CpuEngine`] is the one that runs
-//!   everywhere.
+//!   everywhere; `CudaEngine`, with feature `cuda`, runs on NVIDIA GPUs.
 //! - [`ModelInfo`]: what a caller needs to know of the loaded model, its fingerprint included.
 //! - [`sampling`]: from logits to a token, the same on whichever node it happens.
 //! - [`single`]: a whole generation in one process, as a reference.
 //!
-//! A row's logits depend on its own sequence alone: batching, chunking, threads and the instruction set
-//! change no bit of them. An engine never allocates a page and never decides what runs next.
+//! On the CPU a row's logits depend on its own sequence alone: batching, chunking, threads and the instruction set
+//! change no bit of them. On a GPU they depend on it up to rounding: cuBLASLt sums in an order that it chooses by the
+//! number of rows. An engine never allocates a page and never decides what runs next.
 #![deny(unsafe_code)]
 
 pub mod backend;
 mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod fingerprint;
 mod info;
 mod load;
@@ -22,11 +25,14 @@ mod model;
 mod rope;
 pub mod sampling;
 pub mod single;
+mod step;
 mod weights;
 
 pub use cpu::{CpuEngine, LoadOptions};
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaEngine, CudaOptions};
 pub use info::ModelInfo;
-pub use load::LoadError;
+pub use load::{LoadError, LoadFormat};
 pub use tandem_kernels::cpu::Isa;
 
 use tandem_kernels::Paged;
@@ -172,6 +178,12 @@ pub enum EngineError {
     PageShared {
         /// The page.
         page: PageId,
+    },
+    /// The GPU failed.
+    #[error("the GPU failed: {problem}")]
+    Gpu {
+        /// What it was to do, and what it said.
+        problem: String,
     },
     /// The pool was made for another model.
     #[error("the pages have another shape than the model's KV")]

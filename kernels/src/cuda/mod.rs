@@ -9,10 +9,13 @@
 //!
 //! `convert.cu` has the kernels; [`PagedLayout::pack`] is what they must do.
 
+mod blas;
+mod compute;
 mod packer;
 mod pages;
 mod plan;
 
+pub use compute::{Compute, Graph, MAX_HEAD_DIM, Matrix, Numbers, Rows, Source, Turn, Work};
 pub use packer::CudaPacker;
 pub use pages::KvDevicePages;
 pub use plan::{Checksums, Chunk, Place, PlacesOf, Plan, PlanError, PlanLimits, Share};
@@ -22,6 +25,31 @@ use cudarc::driver::{CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 use std::sync::Arc;
 use tandem_memory::cuda::{CudaError, Device, DeviceExtent};
+
+/// Why a GPU cannot compute.
+#[derive(Debug, thiserror::Error)]
+pub enum ComputeError {
+    /// The GPU.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// There is no cuBLASLt.
+    #[error("cuBLASLt was not found: install CUDA's libraries, or put their folder into LD_LIBRARY_PATH; tried {tried}")]
+    NoBlas {
+        /// Under which names.
+        tried: String,
+    },
+    /// cuBLASLt refused.
+    #[error("cuBLASLt cannot {what}: {status}")]
+    Blas {
+        /// What it was asked to do.
+        what: String,
+        /// What it said.
+        status: String,
+    },
+    /// Work that needs new memory cannot be recorded.
+    #[error("work that takes memory cannot be recorded as a graph")]
+    Capture,
+}
 
 /// Threads of a block.
 const BLOCK: u32 = 256;
