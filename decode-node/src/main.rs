@@ -42,6 +42,10 @@ struct Decode {
 }
 
 impl NodeLoop for Decode {
+    fn packed_memory(&self) -> usize {
+        self.landing_memory
+    }
+
     fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
         let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board } = parts;
         let (shape, landing) = (*kv.shape(), self.landing_memory);

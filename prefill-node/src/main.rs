@@ -42,6 +42,10 @@ struct Prefill {
 }
 
 impl NodeLoop for Prefill {
+    fn packed_memory(&self) -> usize {
+        self.staging_memory
+    }
+
     fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
         let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board } = parts;
         let (shape, staging) = (*kv.shape(), self.staging_memory);

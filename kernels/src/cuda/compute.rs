@@ -1,7 +1,7 @@
 //! The arithmetic of a model on one GPU, operation by operation, each queued on one stream: [`Compute`].
 
 use super::blas::{Blas, Product};
-use super::{KvDevicePages, ComputeError};
+use super::{ComputeError, KvDevicePages};
 use crate::cpu::{Dtype, Epilogue, Heads, Span};
 use crate::pages::Paged;
 use cudarc::driver::{CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, result, sys};
@@ -508,8 +508,7 @@ impl Compute {
             Source::Dummy { around, width, .. } => {
                 self.seed += 1;
                 let seed = self.seed << 40;
-                let raw =
-                    RawDummy { to, count: count as u64, seed, stored: stored(dtype), around, width };
+                let raw = RawDummy { to, count: count as u64, seed, stored: stored(dtype), around, width };
                 let function = self.functions.dummy.clone();
                 return self.launch(("load", 0), &function, [self.loop_blocks(count), 1, 1], 256, 0, raw);
             }
@@ -788,12 +787,8 @@ impl Compute {
             }
         })?;
         let Some(bias) = &weight.bias else { return Ok(()) };
-        let raw = RawBias {
-            out: out.address(),
-            bias: bias.address(),
-            stored: stored(to),
-            width: outputs as u32,
-        };
+        let raw =
+            RawBias { out: out.address(), bias: bias.address(), stored: stored(to), width: outputs as u32 };
         let function = self.functions.bias.clone();
         self.launch(("bias", 0), &function, [rows as u32, 1, 1], 256, 0, raw)
     }
