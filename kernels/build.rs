@@ -18,7 +18,8 @@ fn main() {
         let (source, ptx) = (format!("src/cuda/{name}.cu"), format!("src/cuda/{name}.ptx"));
         println!("cargo:rerun-if-changed={source}");
         println!("cargo:rerun-if-changed={ptx}");
-        let image = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join(name).with_extension("image");
+        let image =
+            PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join(name).with_extension("image");
         match nvcc.as_ref().map(|nvcc| compile(nvcc, &source, &image)) {
             Some(Ok(())) => continue,
             Some(Err(problem)) => println!("cargo:warning=the checked-in PTX is used: {problem}"),

@@ -3,8 +3,8 @@
 use crate::backend::{Backend, Epilogue, HeadNorms, Heads, Span, Weight};
 use crate::config::Config;
 use crate::model::Model;
-use crate::weights::{Tensor, Weights};
 use crate::step::{Step, check};
+use crate::weights::{Tensor, Weights};
 use crate::{Engine, EngineError, Isa, LoadError, LoadFormat, Logits, ModelInfo, Progress, Sequence};
 use std::path::Path;
 use tandem_kernels::KvPages;

@@ -184,7 +184,12 @@ impl CudaEngine {
         }
     }
 
-    fn result(&mut self, kv: &mut KvDevicePages, rows: usize, progress: &mut dyn FnMut(Progress, &KvDevicePages)) -> Result<Logits, EngineError> {
+    fn result(
+        &mut self,
+        kv: &mut KvDevicePages,
+        rows: usize,
+        progress: &mut dyn FnMut(Progress, &KvDevicePages),
+    ) -> Result<Logits, EngineError> {
         let compute = &mut self.backend.compute;
         while !compute.is_over() {
             progress(Progress::Waiting, kv);

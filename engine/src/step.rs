@@ -17,7 +17,8 @@ pub(crate) struct Step<'a> {
 
 impl<'a> Step<'a> {
     pub(crate) fn of(batch: &[Sequence<'a>]) -> Step<'a> {
-        let mut step = Step { tokens: Vec::new(), spans: Vec::with_capacity(batch.len()), wanted: Vec::new() };
+        let mut step =
+            Step { tokens: Vec::new(), spans: Vec::with_capacity(batch.len()), wanted: Vec::new() };
         for (index, s) in batch.iter().enumerate() {
             let (row, tokens) = (step.tokens.len(), s.tokens.len());
             step.spans.push(Span { row, tokens, start: s.start, pages: s.pages });

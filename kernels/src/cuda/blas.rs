@@ -4,8 +4,7 @@ use super::ComputeError;
 use cudarc::cublaslt::sys::{
     self, cublasComputeType_t, cublasLtHandle_t, cublasLtMatmulAlgo_t, cublasLtMatmulDesc_t,
     cublasLtMatmulDescAttributes_t, cublasLtMatmulHeuristicResult_t, cublasLtMatmulPreference_t,
-    cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t, cublasStatus_t,
-    cudaDataType,
+    cublasLtMatmulPreferenceAttributes_t, cublasLtMatrixLayout_t, cublasStatus_t, cudaDataType,
 };
 use cudarc::driver::CudaStream;
 use libloading::Library;
@@ -143,10 +142,8 @@ impl Blas {
         // SAFETY: the library's initialisers may run at any time.
         let library = NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
         let library = library.ok_or_else(|| ComputeError::NoBlas { tried: NAMES.join(", ") })?;
-        let functions = Functions::find(library).map_err(|error| ComputeError::Blas {
-            what: "be used".to_owned(),
-            status: error.to_string(),
-        })?;
+        let functions = Functions::find(library)
+            .map_err(|error| ComputeError::Blas { what: "be used".to_owned(), status: error.to_string() })?;
         device.said("be used by this thread", device.context().bind_to_thread())?;
         let mut handle = ptr::null_mut();
         // SAFETY: the handle is ours to write; the context was bound.

@@ -30,7 +30,9 @@ pub enum ComputeError {
     #[error(transparent)]
     Cuda(#[from] CudaError),
     /// There is no cuBLASLt.
-    #[error("cuBLASLt was not found: install CUDA's libraries, or put their folder into LD_LIBRARY_PATH; tried {tried}")]
+    #[error(
+        "cuBLASLt was not found: install CUDA's libraries, or put their folder into LD_LIBRARY_PATH; tried {tried}"
+    )]
     NoBlas {
         /// Under which names.
         tried: String,
