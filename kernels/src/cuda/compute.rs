@@ -139,8 +139,10 @@ struct Clock {
     spans: Vec<(Work, CudaEvent, CudaEvent)>,
 }
 
-/// A kind of work, and for products their outputs.
-pub type Work = (&'static str, usize);
+/// A kind of work, and for products the outputs and inputs of the matrix.
+pub type Work = (&'static str, [usize; 2]);
+
+const LOAD: Work = ("load", [0; 2]);
 
 /// One GPU that computes. Every operation is queued, in order; the first one that fails is kept, those after it do
 /// nothing, and [`Compute::failure`] tells.
@@ -510,7 +512,7 @@ impl Compute {
                 let seed = self.seed << 40;
                 let raw = RawDummy { to, count: count as u64, seed, stored: stored(dtype), around, width };
                 let function = self.functions.dummy.clone();
-                return self.launch(("load", 0), &function, [self.loop_blocks(count), 1, 1], 256, 0, raw);
+                return self.launch(LOAD, &function, [self.loop_blocks(count), 1, 1], 256, 0, raw);
             }
         };
         let mut staging = match self.staging.take() {
@@ -541,7 +543,7 @@ impl Compute {
                     from_stored: stored(from),
                 };
                 let function = self.functions.convert.clone();
-                self.launch(("load", 0), &function, [self.loop_blocks(count), 1, 1], 256, 0, raw)?;
+                self.launch(LOAD, &function, [self.loop_blocks(count), 1, 1], 256, 0, raw)?;
             }
         }
         self.staging = Some(staging);
@@ -709,7 +711,7 @@ impl Compute {
                 width: width as u32,
             };
             let function = this.functions.embed.clone();
-            this.launch(("embed", 0), &function, [rows as u32, 1, 1], 256, 0, raw)
+            this.launch(("embed", [0; 2]), &function, [rows as u32, 1, 1], 256, 0, raw)
         });
     }
 
@@ -733,7 +735,7 @@ impl Compute {
             let raw = RawNorm { x: x.address(), weight, out: out.address(), width, eps };
             let threads = (width / 4).next_multiple_of(32).clamp(32, 1024);
             let function = this.functions.norm.clone();
-            this.launch(("norm", 0), &function, [x.rows as u32, 1, 1], threads, 0, raw)
+            this.launch(("norm", [0; 2]), &function, [x.rows as u32, 1, 1], threads, 0, raw)
         });
     }
 
@@ -779,18 +781,27 @@ impl Compute {
         }
         let (rows, outputs, inputs) = (x.rows, weight.outputs, weight.inputs);
         let product = Product { rows, outputs, inputs, from: x.dtype, to, add };
-        self.timed(("product", outputs), |this| {
-            this.bind()?;
-            // SAFETY: rows and matrices are as large as they say, and memory is given back after the work that uses it.
-            unsafe {
-                this.blas.multiply(&this.stream, product, weight.weight.address(), x.address(), out.address())
-            }
-        })?;
+        self.timed(
+            (if to == Dtype::F32 && !add { "output" } else { "product" }, [outputs, inputs]),
+            |this| {
+                this.bind()?;
+                // SAFETY: rows and matrices are as large as they say, and memory is given back after the work that uses it.
+                unsafe {
+                    this.blas.multiply(
+                        &this.stream,
+                        product,
+                        weight.weight.address(),
+                        x.address(),
+                        out.address(),
+                    )
+                }
+            },
+        )?;
         let Some(bias) = &weight.bias else { return Ok(()) };
         let raw =
             RawBias { out: out.address(), bias: bias.address(), stored: stored(to), width: outputs as u32 };
         let function = self.functions.bias.clone();
-        self.launch(("bias", 0), &function, [rows as u32, 1, 1], 256, 0, raw)
+        self.launch(("bias", [0; 2]), &function, [rows as u32, 1, 1], 256, 0, raw)
     }
 
     fn gate(&mut self, wide: &Rows, out: &mut Rows) -> Result<(), ComputeError> {
@@ -801,7 +812,7 @@ impl Compute {
         let function = self.functions.gate.clone();
         // More rows than a grid is high are never in one step.
         self.launch(
-            ("gate", 0),
+            ("gate", [0; 2]),
             &function,
             [width.div_ceil(each * 256) as u32, wide.rows as u32, 1],
             256,
@@ -842,7 +853,7 @@ impl Compute {
             };
             let function = this.functions.turn.clone();
             let shared = heads.head_dim * 4;
-            this.launch(("turn", 0), &function, [view.row_count as u32, 1, 1], 256, shared, raw)?;
+            this.launch(("turn", [0; 2]), &function, [view.row_count as u32, 1, 1], 256, shared, raw)?;
             Ok(())
         });
     }
@@ -873,7 +884,7 @@ impl Compute {
                 let raw = RawPlain { qkv, out: to, rows: view.rows, pages, heads: raw_heads };
                 let function = this.functions.plain.clone();
                 let grid = [heads.heads as u32, view.row_count as u32, 1];
-                return this.launch(("attention of any heads", 0), &function, grid, 128, 0, raw);
+                return this.launch(("attention of any heads", [0; 2]), &function, grid, 128, 0, raw);
             }
             let wide = heads.head_dim == 128;
             let mut raw = RawFlash {
@@ -891,7 +902,7 @@ impl Compute {
                 let function = if wide { &f.prefill_128 } else { &f.prefill_64 }.clone();
                 let grid = [heads.heads as u32, view.tile_count as u32, 1];
                 let shared = prefill_shared(heads.head_dim);
-                this.launch(("prefill attention", 0), &function, grid, 128, shared, raw)?;
+                this.launch(("prefill attention", [0; 2]), &function, grid, 128, shared, raw)?;
             }
             if view.decode_count > 0 {
                 raw.queries = view.decodes;
@@ -913,11 +924,11 @@ impl Compute {
                 let function = if wide { &f.decode_128 } else { &f.decode_64 }.clone();
                 let grid = [raw.splits, blocks as u32, view.decode_count as u32];
                 let shared = decode_shared(heads.head_dim);
-                this.launch(("decode attention", 0), &function, grid, 128, shared, raw)?;
+                this.launch(("decode attention", [0; 2]), &function, grid, 128, shared, raw)?;
                 if raw.splits > 1 {
                     let function = this.functions.gather.clone();
                     let grid = [heads.heads as u32, view.decode_count as u32, 1];
-                    this.launch(("gather", 0), &function, grid, heads.head_dim as u32, 0, raw)?;
+                    this.launch(("gather", [0; 2]), &function, grid, heads.head_dim as u32, 0, raw)?;
                 }
             }
             Ok(())
@@ -937,7 +948,7 @@ impl Compute {
                 words: (x.width * x.dtype.size_bytes() / 4) as u32,
             };
             let function = this.functions.choose.clone();
-            this.launch(("select", 0), &function, [rows as u32, 1, 1], 256, 0, raw)
+            this.launch(("select", [0; 2]), &function, [rows as u32, 1, 1], 256, 0, raw)
         });
     }
 
