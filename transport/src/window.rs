@@ -3,7 +3,7 @@
 use crate::transport::{RegionId, TransportError};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
@@ -39,8 +39,9 @@ pub(crate) struct Landing {
     /// that many threads land in one window and seldom meet. Byte b belongs to stripe `b / STRIPE`, modulo
     /// their number. Locked in order; closed from the first on.
     stripes: Box<[Stripe]>,
-    /// Set while the window is open. A window is one peer's, and a peer has at most one keeper in its life.
-    keeper: OnceLock<Weak<dyn Keeper>>,
+    /// The last that asked while the window was open. A window is one peer's; where a peer's lane has failed and another
+    /// was made, nothing lands by the first any more.
+    keeper: Mutex<Option<Weak<dyn Keeper>>>,
 }
 
 /// Bytes of a stripe: a few pieces of what a thread lands at a time.
@@ -102,7 +103,7 @@ impl Windows {
                 stripes: (0..range.len().div_ceil(STRIPE).clamp(1, MAX_STRIPES))
                     .map(|_| Stripe::default())
                     .collect(),
-                keeper: OnceLock::new(),
+                keeper: Mutex::default(),
             }),
         );
         if start < end {
@@ -117,7 +118,8 @@ impl Windows {
             return;
         };
         landing.close();
-        if let Some(keeper) = landing.keeper.get().and_then(Weak::upgrade) {
+        let keeper = lock(&landing.keeper).as_ref().and_then(Weak::upgrade);
+        if let Some(keeper) = keeper {
             keeper.window_closed(key);
         }
         // Only now may the place be another's, and a second closer find nothing to wait for.
@@ -164,12 +166,13 @@ impl Landing {
     }
 
     /// Names who is to be told when the window closes; false if it is closed.
-    #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
+    #[cfg_attr(
+        not(any(feature = "rdma", feature = "cuda", test)),
+        expect(dead_code, reason = "only devices land by themselves")
+    )]
     #[must_use]
     pub(crate) fn keep(&self, keeper: Weak<dyn Keeper>) -> bool {
-        self.complete(|| {
-            let _ = self.keeper.set(keeper);
-        })
+        self.complete(|| *lock(&self.keeper) = Some(keeper))
     }
 
     /// Copies a piece to its place, unless the window has been closed or the piece leaves it.
@@ -363,6 +366,29 @@ mod tests {
             let _ = second.join().unwrap();
             assert!(!landing.land(0, &[1]));
         });
+    }
+
+    /// When a lane has failed, the one that was made in its place lands in the same windows.
+    #[test]
+    fn the_last_keeper_is_told_of_the_end() {
+        struct Told(Mutex<Vec<u64>>);
+        impl Keeper for Told {
+            fn window_closed(&self, key: u64) {
+                lock(&self.0).push(key);
+            }
+        }
+        let (windows, region) = windows();
+        let window = windows.open(PEER, region, 0..10, || 5).unwrap();
+        let landing = windows.find(PEER, &window, 0, 1).unwrap();
+        let [first, second] = [(); 2].map(|()| Arc::new(Told(Mutex::default())));
+        for keeper in [&first, &second] {
+            let keeper: Arc<dyn Keeper> = Arc::clone(keeper) as _;
+            assert!(landing.keep(Arc::downgrade(&keeper)));
+        }
+        windows.close(5);
+        assert_eq!([&first, &second].map(|told| lock(&told.0).clone()), [vec![], vec![5]]);
+        let keeper: Arc<dyn Keeper> = first;
+        assert!(!landing.keep(Arc::downgrade(&keeper)), "the window is closed");
     }
 
     #[test]
