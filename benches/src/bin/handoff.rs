@@ -63,7 +63,7 @@ struct Options {
 }
 
 /// Every token of the answers, so that each leaves text: the made-up model's own mean nothing to a tokenizer.
-const ANSWER: u32 = 100;
+const ANSWER: u32 = 300;
 const ANSWER_TOKENS: u32 = 4;
 
 fn main() -> anyhow::Result<()> {
