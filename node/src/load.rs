@@ -40,7 +40,7 @@ pub(crate) fn on_cpu(options: &NodeOptions) -> anyhow::Result<Loaded<CpuEngine, 
     Ok(Loaded { engine, kv, kernels: CpuKernels::default(), device })
 }
 
-/// How much of a GPU's memory is used, unless the options say so.
+/// How much of a GPU's memory a node uses, unless the options say so.
 #[cfg(feature = "cuda")]
 const GPU_MEMORY_UTILIZATION: f64 = 0.9;
 
@@ -61,16 +61,17 @@ pub(crate) fn on_gpu(
     }
     let what = || format!("--device cuda:{ordinal}");
     let gpu = tandem_memory::cuda::Device::open(ordinal).with_context(what)?;
+    let (free_before, all) = gpu.memory()?;
     let load =
         CudaOptions { dtype: options.kv_dtype.0, format: options.load_format, ..CudaOptions::default() };
     let engine = CudaEngine::load(&options.model, load, &gpu).with_context(|| of_model(options))?;
     let info = engine.info();
     let kernels =
         CudaPacker::new(&CudaKernels::load(&gpu).with_context(what)?, &info.kv).with_context(what)?;
-    let (free, all) = gpu.memory()?;
+    let (free, _) = gpu.memory()?;
     let share = options.gpu_memory_utilization.unwrap_or(GPU_MEMORY_UTILIZATION);
-    let spare = (all as f64 * (1.0 - share)) as usize;
-    let bytes = options.kv_memory.unwrap_or(free.saturating_sub(spare).saturating_sub(packed_memory));
+    let used = free_before.saturating_sub(free) + packed_memory;
+    let bytes = options.kv_memory.unwrap_or(((all as f64 * share) as usize).saturating_sub(used));
     let pages = pages_in(bytes, info);
     anyhow::ensure!(
         pages > 0,
@@ -81,7 +82,12 @@ pub(crate) fn on_gpu(
         free >> 20
     );
     let kv = KvDevicePages::new(&gpu, info.kv, pages).with_context(|| {
-        format!("{} MiB of KV on {}; --kv-memory takes another size", bytes >> 20, gpu.name())
+        format!(
+            "{} MiB of KV on {}, with {} MiB free: take less by --gpu-memory-utilization or --kv-memory",
+            bytes >> 20,
+            gpu.name(),
+            free >> 20
+        )
     })?;
     tell(info, pages, begun);
     tracing::info!(gpu = gpu.name(), dtype = ?info.kv.dtype, "computing on a GPU");

@@ -56,8 +56,8 @@ pub struct NodeOptions {
     /// a GPU what --gpu-memory-utilization leaves.
     #[arg(long, value_name = "SIZE", value_parser = units::bytes, help_heading = "Memory and speed")]
     pub kv_memory: Option<usize>,
-    /// The part of a GPU's memory that is used in all, 0.9 by default: pages of KV take what the model and packed KV
-    /// leave of it. The rest is for the largest steps.
+    /// The part of a GPU's memory that this node uses in all, 0.9 by default: pages of KV take what the model and packed
+    /// KV leave of it. The rest is for the largest steps. Nodes that share a GPU share it by this.
     #[arg(long, value_name = "PART", value_parser = part, conflicts_with = "kv_memory", help_heading = "Memory and speed")]
     pub gpu_memory_utilization: Option<f64>,
     /// How keys and values are stored: f32 loses nothing; f16 and bf16 take half the room and half the link. auto is f32
