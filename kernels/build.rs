@@ -14,7 +14,7 @@ fn main() {
         return;
     }
     let nvcc = nvcc();
-    for name in ["convert", "model", "attention"] {
+    for name in ["convert", "model", "attention", "product"] {
         let (source, ptx) = (format!("src/cuda/{name}.cu"), format!("src/cuda/{name}.ptx"));
         println!("cargo:rerun-if-changed={source}");
         println!("cargo:rerun-if-changed={ptx}");

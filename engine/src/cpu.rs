@@ -112,7 +112,7 @@ impl Engine for CpuEngine {
                 .model
                 .step(&mut self.backend, &step, kv, &mut |layer, kv| progress(Progress::Layer(layer), kv)),
         };
-        Ok(Logits { data, vocab_size: self.info.vocab_size as usize })
+        Ok(Logits::new(data, self.info.vocab_size as usize))
     }
 }
 

@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::model::{EMBEDDING, Model};
 use crate::step::{Step, check};
 use crate::weights::{Tensor, Weights};
-use crate::{Engine, EngineError, LoadError, LoadFormat, Logits, ModelInfo, Progress, Sequence};
+use crate::{Data, Engine, EngineError, LoadError, LoadFormat, Logits, ModelInfo, Progress, Sequence};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -187,17 +187,19 @@ impl CudaEngine {
     fn result(
         &mut self,
         kv: &mut KvDevicePages,
-        rows: usize,
         progress: &mut dyn FnMut(Progress, &KvDevicePages),
     ) -> Result<Logits, EngineError> {
         let compute = &mut self.backend.compute;
         while !compute.is_over() {
             progress(Progress::Waiting, kv);
         }
-        let data = if rows == 0 { Vec::new() } else { compute.fetched(Dtype::F32) };
+        let data = compute.fetched();
         match compute.failure() {
             Some(error) => Err(EngineError::Gpu { problem: error.to_string() }),
-            None => Ok(Logits { data, vocab_size: self.info.vocab_size as usize }),
+            None => {
+                let data = data.map_or(Data::Owned(Vec::new()), Data::Fetched);
+                Ok(Logits::of(data, self.info.vocab_size as usize))
+            }
         }
     }
 }
@@ -217,7 +219,7 @@ impl Engine for CudaEngine {
     ) -> Result<Logits, EngineError> {
         check(&self.info, batch, kv)?;
         if batch.is_empty() {
-            return Ok(Logits { data: Vec::new(), vocab_size: self.info.vocab_size as usize });
+            return Ok(Logits::new(Vec::new(), self.info.vocab_size as usize));
         }
         let mut step = Step::of(batch);
         let rows = step.wanted.len();
@@ -239,7 +241,7 @@ impl Engine for CudaEngine {
             });
             self.backend.compute.fetch(self.model.logits(), rows);
         }
-        let result = self.result(kv, rows, progress);
+        let result = self.result(kv, progress);
         match failure {
             Some(error) => Err(EngineError::Gpu { problem: error.to_string() }),
             None => result,

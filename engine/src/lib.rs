@@ -88,10 +88,22 @@ pub struct Sequence<'a> {
 }
 
 /// Logits of the sequences that asked for them, in their order.
-#[derive(Clone, PartialEq, Debug)]
 pub struct Logits {
-    data: Vec<f32>,
+    data: Data,
     vocab_size: usize,
+}
+
+enum Data {
+    Owned(Vec<f32>),
+    /// Where a GPU has copied them to. Large copies of them would cost as much as the step.
+    #[cfg(feature = "cuda")]
+    Fetched(tandem_kernels::cuda::Fetched),
+}
+
+impl std::fmt::Debug for Logits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.rows()).finish()
+    }
 }
 
 impl Logits {
@@ -101,18 +113,37 @@ impl Logits {
     /// When `data` does not consist of whole rows.
     #[must_use]
     pub fn new(data: Vec<f32>, vocab_size: usize) -> Logits {
-        assert!(vocab_size > 0 && data.len().is_multiple_of(vocab_size), "rows of logits are whole");
-        Logits { data, vocab_size }
+        Logits::of(Data::Owned(data), vocab_size)
+    }
+
+    fn of(data: Data, vocab_size: usize) -> Logits {
+        let logits = Logits { data, vocab_size };
+        let whole = vocab_size > 0 && logits.data().len().is_multiple_of(vocab_size);
+        assert!(whole, "rows of logits are whole");
+        logits
+    }
+
+    fn data(&self) -> &[f32] {
+        match &self.data {
+            Data::Owned(data) => data,
+            #[cfg(feature = "cuda")]
+            Data::Fetched(data) => data.numbers(),
+        }
     }
 
     /// One row for each sequence that asked.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
-        self.data.chunks_exact(self.vocab_size)
+        self.data().chunks_exact(self.vocab_size)
     }
 
     /// The rows, to be changed by sampling.
     pub fn rows_mut(&mut self) -> impl ExactSizeIterator<Item = &mut [f32]> {
-        self.data.chunks_exact_mut(self.vocab_size)
+        let data = match &mut self.data {
+            Data::Owned(data) => data,
+            #[cfg(feature = "cuda")]
+            Data::Fetched(data) => data.numbers_mut(),
+        };
+        data.chunks_exact_mut(self.vocab_size)
     }
 }
 

@@ -12,7 +12,7 @@ use tandem_proto::layout::KvDtype;
 /// Tokens of a prefill step at most.
 const STEP: usize = 8192;
 const PROMPTS: [usize; 4] = [512, 2048, 8192, 32_768];
-const BATCHES: [usize; 4] = [1, 8, 32, 128];
+const BATCHES: [usize; 5] = [1, 8, 16, 32, 128];
 /// Tokens of each sequence before decoding.
 const CONTEXT: usize = 1024;
 /// Runs of which the median counts, after one that does not.

@@ -7,8 +7,9 @@ use crate::pages::Paged;
 use cudarc::driver::{CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::ffi::c_void;
-use std::sync::Arc;
-use tandem_memory::HostRegion;
+use std::{ptr, slice};
+use std::sync::{Arc, Mutex, PoisonError};
+use tandem_memory::{Extent, HostRegion};
 use tandem_memory::cuda::{CudaError, Device, DeviceRegion, PinnedRegion};
 use tandem_proto::ids::{LayerIdx, TokenId};
 
@@ -22,6 +23,15 @@ const DECODE_STAGES: usize = 4 * 3;
 const UNIT: usize = 16;
 /// Rows that every allocation is good for, so that growing batches do not take memory over and over.
 const LEAST_ROWS: usize = 256;
+/// Of the kernels' version for GPUs of so much, times ten, `begun()` in `numbers.cuh` waits.
+const EARLY_SINCE: i32 = 90;
+/// Rows of a product that is not cuBLASLt's at most, and what must divide its sizes, as in `product.cu`.
+const FEW_ROWS: usize = 16;
+const FEW_OUTPUTS: usize = 16;
+const FEW_INPUTS: usize = 32;
+/// What is fetched has memory of so much at least, and so many of them are kept to be used again.
+const LEAST_FETCH_BYTES: usize = 1 << 20;
+const MAX_SPARE: usize = 2;
 /// Bytes of one of two buffers through which weights go to the GPU.
 const STAGING_BYTES: usize = 32 << 20;
 
@@ -150,6 +160,10 @@ pub struct Compute {
     device: Arc<Device>,
     stream: Arc<CudaStream>,
     functions: Functions,
+    /// Whether the kernels wait for the one before them themselves, and so may start early.
+    early: bool,
+    /// Whether weights were written just now: a product reads them before it waits.
+    filled: bool,
     blas: Blas,
     dtype: Dtype,
     failed: Option<ComputeError>,
@@ -161,10 +175,11 @@ pub struct Compute {
     /// The step's description in host memory, not written before `sent`, and on the GPU.
     upload: Option<(PinnedRegion, Arc<DeviceRegion>)>,
     sent: CudaEvent,
-    /// What was fetched, and when it is there.
-    fetched: Option<PinnedRegion>,
-    fetched_bytes: usize,
+    /// What is being fetched, and when it is there.
+    fetching: Option<Fetched>,
     over: CudaEvent,
+    /// Memory of what was fetched before and is needed no more.
+    spare: Arc<Mutex<Vec<PinnedRegion>>>,
     /// A gate's and its projection's product.
     wide: Rows,
     /// What decode's blocks found, before it is gathered.
@@ -183,48 +198,61 @@ struct Staging {
 }
 
 macro_rules! functions {
-    ($($field:ident: $name:literal),* $(,)?) => {
+    ($($module:ident: { $($field:ident: $name:literal),* $(,)? })*) => {
         struct Functions {
-            $($field: CudaFunction,)*
+            $($($field: CudaFunction,)*)*
         }
 
         impl Functions {
             /// Those for activations of `dtype`. What runs on tensor cores is not for single precision, and loaded all
             /// the same.
-            fn find(device: &Device, modules: &[Arc<CudaModule>], dtype: Dtype) -> Result<Functions, CudaError> {
+            fn load(device: &Device, dtype: Dtype) -> Result<Functions, CudaError> {
                 let (any, flash) = match dtype {
                     Dtype::F32 => ("f32", "bf16"),
                     Dtype::F16 => ("f16", "f16"),
                     Dtype::Bf16 => ("bf16", "bf16"),
                 };
-                let find = |name: &str| {
+                let find = |module: &Arc<CudaModule>, name: &str| {
                     let name = name.replace("{any}", any).replace("{flash}", flash);
-                    let mut found = modules.iter().map(|module| module.load_function(&name));
-                    let first = found.next().expect("there are modules");
-                    let found = found.fold(first, Result::or);
-                    device.said(&format!("find kernel {name}"), found)
+                    device.said(&format!("find kernel {name}"), module.load_function(&name))
                 };
-                Ok(Functions { $($field: find($name)?,)* })
+                $(
+                    let image = include_bytes!(concat!(env!("OUT_DIR"), "/", stringify!($module), ".image"));
+                    let $module = device.context().load_module(Ptx::from_binary(image.to_vec()));
+                    let $module = device.said("load the model's kernels", $module)?;
+                    $(let $field = find(&$module, $name)?;)*
+                )*
+                Ok(Functions { $($($field,)*)* })
             }
         }
     };
 }
 
 functions! {
-    convert: "convert",
-    dummy: "dummy",
-    embed: "embed",
-    choose: "choose",
-    bias: "bias",
-    norm: "norm_{any}",
-    gate: "gate_{any}",
-    turn: "turn_{any}",
-    plain: "plain_{any}",
-    prefill_64: "prefill_{flash}_64",
-    prefill_128: "prefill_{flash}_128",
-    decode_64: "decode_{flash}_64",
-    decode_128: "decode_{flash}_128",
-    gather: "gather_{flash}",
+    model: {
+        convert: "convert",
+        dummy: "dummy",
+        embed: "embed",
+        choose: "choose",
+        bias: "bias",
+        norm: "norm_{any}",
+        gate: "gate_{any}",
+        turn: "turn_{any}",
+        plain: "plain_{any}",
+    }
+    attention: {
+        prefill_64: "prefill_{flash}_64",
+        prefill_128: "prefill_{flash}_128",
+        decode_64: "decode_{flash}_64",
+        decode_128: "decode_{flash}_128",
+        gather: "gather_{flash}",
+    }
+    product: {
+        few_8: "few_{flash}_8",
+        few_16: "few_{flash}_16",
+        gated_8: "gated_{flash}_8",
+        gated_16: "gated_{flash}_16",
+    }
 }
 
 #[repr(C)]
@@ -317,6 +345,20 @@ struct RawGate {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
+struct RawFew {
+    weight: u64,
+    bias: u64,
+    x: u64,
+    out: u64,
+    rows: u32,
+    outputs: u32,
+    inputs: u32,
+    stored: u32,
+    add: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
 struct RawTurn {
     qkv: u64,
     frequencies: u64,
@@ -377,13 +419,7 @@ impl Compute {
     /// # Errors
     /// When cuBLASLt is not there, or the GPU or its driver is too old.
     pub fn open(device: &Arc<Device>, dtype: Dtype) -> Result<Compute, ComputeError> {
-        let load = |image: &[u8]| {
-            let module = device.context().load_module(Ptx::from_binary(image.to_vec()));
-            device.said("load the model's kernels", module)
-        };
-        let model = load(include_bytes!(concat!(env!("OUT_DIR"), "/model.image")))?;
-        let attention = load(include_bytes!(concat!(env!("OUT_DIR"), "/attention.image")))?;
-        let functions = Functions::find(device, &[model, attention], dtype)?;
+        let functions = Functions::load(device, dtype)?;
         for (function, bytes) in [
             (&functions.prefill_64, prefill_shared(64)),
             (&functions.prefill_128, prefill_shared(128)),
@@ -395,10 +431,14 @@ impl Compute {
             device.said(&format!("give a block {bytes} bytes of shared memory"), said)?;
         }
         let event = || device.said("make an event", device.context().new_event(None));
+        let compiled = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        let compiled = device.said("tell of a kernel", functions.norm.get_attribute(compiled))?;
         Ok(Compute {
             device: Arc::clone(device),
             stream: device.stream()?,
             functions,
+            early: compiled >= EARLY_SINCE,
+            filled: false,
             blas: Blas::open(device)?,
             dtype,
             failed: None,
@@ -407,9 +447,9 @@ impl Compute {
             batch: Batch::default(),
             upload: None,
             sent: event()?,
-            fetched: None,
-            fetched_bytes: 0,
+            fetching: None,
             over: event()?,
+            spare: Arc::default(),
             wide: Rows::default(),
             found: Rows::default(),
             staging: None,
@@ -748,7 +788,7 @@ impl Compute {
         assert!(!add || (out.rows == x.rows && out.width == weight.outputs), "what is added to is as large");
         self.attempt(|this| {
             let dtype = if add { out.dtype } else { this.dtype };
-            if !weight.gated {
+            if !weight.gated || this.is_few(x, weight) {
                 return this.product(x, weight, dtype, add, out);
             }
             let mut wide = std::mem::take(&mut this.wide);
@@ -776,32 +816,55 @@ impl Compute {
         out: &mut Rows,
     ) -> Result<(), ComputeError> {
         assert!(x.width == weight.inputs && x.dtype == weight.weight.dtype, "rows fit the matrix");
+        let few = self.is_few(x, weight);
+        let gated = few && weight.gated;
         if !add {
-            self.reshape(out, x.rows, weight.outputs, to)?;
+            self.reshape(out, x.rows, if gated { weight.outputs / 2 } else { weight.outputs }, to)?;
         }
         let (rows, outputs, inputs) = (x.rows, weight.outputs, weight.inputs);
+        let work = (if to == Dtype::F32 && !add { "output" } else { "product" }, [outputs, inputs]);
+        if few {
+            let raw = RawFew {
+                weight: weight.weight.address(),
+                bias: weight.bias.as_ref().map_or(0, Numbers::address),
+                x: x.address(),
+                out: out.address(),
+                rows: rows as u32,
+                outputs: outputs as u32,
+                inputs: inputs as u32,
+                stored: stored(to),
+                add: u32::from(add),
+            };
+            let f = &self.functions;
+            let function = match (gated, rows <= 8) {
+                (false, true) => &f.few_8,
+                (false, false) => &f.few_16,
+                (true, true) => &f.gated_8,
+                (true, false) => &f.gated_16,
+            };
+            let function = function.clone();
+            return self.launch(work, &function, [(outputs / FEW_OUTPUTS) as u32, 1, 1], 256, 0, raw);
+        }
         let product = Product { rows, outputs, inputs, from: x.dtype, to, add };
-        self.timed(
-            (if to == Dtype::F32 && !add { "output" } else { "product" }, [outputs, inputs]),
-            |this| {
-                this.bind()?;
-                // SAFETY: rows and matrices are as large as they say, and memory is given back after the work that uses it.
-                unsafe {
-                    this.blas.multiply(
-                        &this.stream,
-                        product,
-                        weight.weight.address(),
-                        x.address(),
-                        out.address(),
-                    )
-                }
-            },
-        )?;
+        self.timed(work, |this| {
+            this.bind()?;
+            let (weight, x, out) = (weight.weight.address(), x.address(), out.address());
+            // SAFETY: rows and matrices are as large as they say, and memory is given back after the work that uses it.
+            unsafe { this.blas.multiply(&this.stream, product, weight, x, out) }
+        })?;
         let Some(bias) = &weight.bias else { return Ok(()) };
         let raw =
             RawBias { out: out.address(), bias: bias.address(), stored: stored(to), width: outputs as u32 };
         let function = self.functions.bias.clone();
         self.launch(("bias", [0; 2]), &function, [rows as u32, 1, 1], 256, 0, raw)
+    }
+
+    /// Whether `product.cu` has the product.
+    fn is_few(&self, x: &Rows, weight: &Matrix) -> bool {
+        self.dtype != Dtype::F32
+            && x.rows <= FEW_ROWS
+            && weight.outputs.is_multiple_of(FEW_OUTPUTS)
+            && weight.inputs.is_multiple_of(FEW_INPUTS)
     }
 
     fn gate(&mut self, wide: &Rows, out: &mut Rows) -> Result<(), ComputeError> {
@@ -853,8 +916,11 @@ impl Compute {
             };
             let function = this.functions.turn.clone();
             let shared = heads.head_dim * 4;
-            this.launch(("turn", [0; 2]), &function, [view.row_count as u32, 1, 1], 256, shared, raw)?;
-            Ok(())
+            // A head a warp, until there are blocks enough.
+            let most = (heads.heads + 2 * heads.kv_heads).div_ceil(8);
+            let wanted = 8 * this.device.multiprocessors() as usize;
+            let parts = (wanted / view.row_count.max(1)).clamp(1, most) as u32;
+            this.launch(("turn", [0; 2]), &function, [view.row_count as u32, parts, 1], 256, shared, raw)
         });
     }
 
@@ -958,16 +1024,12 @@ impl Compute {
     pub fn fetch(&mut self, x: &Rows, rows: usize) {
         self.attempt(|this| {
             let len = x.bytes() / x.rows.max(1) * rows.min(x.rows);
-            if this.fetched.as_ref().is_none_or(|host| host.memory().len() < len) {
-                this.fetched = None;
-                let host = HostRegion::private(len.max(1 << 20)).map_err(CudaError::from)?;
-                this.fetched = Some(PinnedRegion::pin(&this.device, host)?);
-            }
             this.bind()?;
-            this.fetched_bytes = len;
-            if len > 0 {
-                let host = this.fetched.as_ref().expect("made above");
-                let extent = host.memory().extent(0..len).map_err(CudaError::from)?;
+            // What was fetched and never asked for may still be on its way, but will be there before this.
+            this.fetching = None;
+            this.fetching = if len == 0 { None } else { Some(this.room(len, x.dtype)?) };
+            if let Some(fetched) = &this.fetching {
+                let extent = fetched.extent()?;
                 // SAFETY: the memory is this object's alone, and nobody reads it before `over`.
                 let said = unsafe {
                     result::memcpy_dtoh_async(extent.bytes_mut(), x.address(), this.stream.cu_stream())
@@ -976,6 +1038,22 @@ impl Compute {
             }
             Ok(this.device.said("record an event", this.over.record(&this.stream))?)
         });
+    }
+
+    /// Pinned memory for so many bytes.
+    fn room(&self, len: usize, dtype: Dtype) -> Result<Fetched, ComputeError> {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = spare.iter().position(|memory| memory.memory().len() >= len);
+        let memory = match found {
+            Some(found) => spare.swap_remove(found),
+            None => {
+                // What is too small once will be again.
+                spare.clear();
+                let host = HostRegion::private(len.max(LEAST_FETCH_BYTES)).map_err(CudaError::from)?;
+                PinnedRegion::pin(&self.device, host)?
+            }
+        };
+        Ok(Fetched { memory: Some(memory), len, dtype, spare: Arc::clone(&self.spare) })
     }
 
     /// Whether everything up to the last [`Compute::fetch`] is over, or something failed.
@@ -988,33 +1066,21 @@ impl Compute {
         over
     }
 
-    /// What was fetched, in single precision. Waits for it.
-    pub fn fetched(&mut self, dtype: Dtype) -> Vec<f32> {
-        let mut numbers = Vec::new();
+    /// What was fetched last, once: none if that was nothing, or something failed. Waits for it.
+    pub fn fetched(&mut self) -> Option<Fetched> {
+        let mut fetched = None;
         self.attempt(|this| {
             this.device.said("compute", this.over.synchronize())?;
-            let Some(host) = &this.fetched else { return Ok(()) };
-            let extent = host.memory().extent(0..this.fetched_bytes).map_err(CudaError::from)?;
-            // SAFETY: the copy is over, and the memory is this object's alone.
-            let bytes = unsafe { extent.bytes() };
-            numbers = match dtype {
-                Dtype::F32 => {
-                    bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
-                }
-                dtype => {
-                    let count = bytes.len() / dtype.size_bytes();
-                    (0..count).map(|at| crate::cpu::read_f32(dtype, bytes, at)).collect()
-                }
-            };
+            fetched = this.fetching.take();
             Ok(())
         });
-        numbers
+        fetched
     }
 
     /// Copies all numbers of rows to the host, and waits for them.
     pub fn read(&mut self, x: &Rows) -> Vec<f32> {
         self.fetch(x, x.rows);
-        self.fetched(x.dtype)
+        self.fetched().map_or_else(Vec::new, |fetched| fetched.widened())
     }
 
     /// Rows of these numbers, stored as `dtype`.
@@ -1129,20 +1195,32 @@ impl Compute {
         }
         self.timed(work, |this| {
             this.bind()?;
-            let [x, y, z] = grid;
             let mut pointers = [(&raw mut parameters).cast::<c_void>()];
-            // SAFETY: every kernel takes one struct, which `parameters` mirrors; the memory that it names lives as long
-            // as the work that uses it, since the driver gives memory back after that.
-            let said = unsafe {
-                result::launch_kernel(
-                    function.cu_function(),
-                    (x, y, z),
-                    (block, 1, 1),
-                    shared as u32,
-                    this.stream.cu_stream(),
-                    &mut pointers,
-                )
+            let mut early = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
             };
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid[0],
+                gridDimY: grid[1],
+                gridDimZ: grid[2],
+                blockDimX: block,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: shared as u32,
+                hStream: this.stream.cu_stream(),
+                attrs: &raw mut early,
+                numAttrs: u32::from(this.early && this.clock.is_none() && !this.filled),
+            };
+            // SAFETY: every kernel takes one struct, which `parameters` mirrors; the memory that it names lives as long
+            // as the work that uses it, since the driver gives memory back after that. A kernel that starts early waits
+            // for those before it.
+            let said = unsafe {
+                let (function, none) = (function.cu_function(), ptr::null_mut());
+                sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none).result()
+            };
+            this.filled = work == LOAD;
             Ok(this.device.said(&format!("launch {}", work.0), said)?)
         })
     }
@@ -1200,6 +1278,67 @@ impl Compute {
     /// Blocks of 256 threads for a kernel that loops over so many numbers.
     fn loop_blocks(&self, count: usize) -> u32 {
         count.div_ceil(256).min(self.device.multiprocessors() as usize * 8) as u32
+    }
+}
+
+/// Numbers in pinned host memory, which is used again when this is dropped.
+pub struct Fetched {
+    /// There until this is dropped.
+    memory: Option<PinnedRegion>,
+    len: usize,
+    dtype: Dtype,
+    spare: Arc<Mutex<Vec<PinnedRegion>>>,
+}
+
+impl Fetched {
+    fn extent(&self) -> Result<Extent, CudaError> {
+        let memory = self.memory.as_ref().expect("there until this is dropped");
+        Ok(memory.memory().extent(0..self.len)?)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        let extent = self.extent().expect("as long as when it was made");
+        // SAFETY: the copy to it is over, and the memory is this object's alone while it lives.
+        unsafe { slice::from_raw_parts(extent.bytes().as_ptr(), self.len) }
+    }
+
+    /// Where they are in single precision, all numbers.
+    ///
+    /// # Panics
+    /// When they are not.
+    #[must_use]
+    pub fn numbers(&self) -> &[f32] {
+        assert!(self.dtype == Dtype::F32, "numbers in single precision");
+        // SAFETY: any bits are numbers.
+        let (before, numbers, _) = unsafe { self.bytes().align_to() };
+        assert!(before.is_empty(), "regions begin at a page");
+        numbers
+    }
+
+    /// As [`Fetched::numbers`], to be changed.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn numbers_mut(&mut self) -> &mut [f32] {
+        let numbers = self.numbers();
+        // SAFETY: the memory is this object's alone, which is borrowed exclusively.
+        unsafe { slice::from_raw_parts_mut(numbers.as_ptr().cast_mut(), numbers.len()) }
+    }
+
+    /// All numbers, in single precision.
+    fn widened(&self) -> Vec<f32> {
+        let bytes = self.bytes();
+        let count = bytes.len() / self.dtype.size_bytes();
+        (0..count).map(|at| crate::cpu::read_f32(self.dtype, bytes, at)).collect()
+    }
+}
+
+impl Drop for Fetched {
+    fn drop(&mut self) {
+        let mut spare = self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < MAX_SPARE {
+            spare.extend(self.memory.take());
+        }
     }
 }
 

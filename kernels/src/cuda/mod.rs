@@ -15,7 +15,7 @@ mod packer;
 mod pages;
 mod plan;
 
-pub use compute::{Compute, Graph, MAX_HEAD_DIM, Matrix, Numbers, Rows, Source, Turn, Work};
+pub use compute::{Compute, Fetched, Graph, MAX_HEAD_DIM, Matrix, Numbers, Rows, Source, Turn, Work};
 pub use packer::CudaPacker;
 pub use pages::KvDevicePages;
 pub use plan::{Checksums, Chunk, Place, PlacesOf, Plan, PlanError, PlanLimits, Share};

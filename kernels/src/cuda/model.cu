@@ -13,6 +13,7 @@ struct Convert {
 };
 
 extern "C" __global__ void convert(Convert p) {
+    begun();
     u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     for (; at < p.count; at += (u64)gridDim.x * blockDim.x) write(p.to, p.to_stored, at, read(p.from, p.from_stored, at));
 }
@@ -25,6 +26,7 @@ struct Dummy {
 };
 
 extern "C" __global__ void dummy(Dummy p) {
+    begun();
     u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     for (; at < p.count; at += (u64)gridDim.x * blockDim.x) {
         u64 x = (at + p.seed) * 0x9E3779B97F4A7C15; // splitmix64
@@ -45,6 +47,7 @@ struct Embed {
 };
 
 extern "C" __global__ void embed(Embed p) {
+    begun();
     u64 from = (u64)p.tokens[blockIdx.x] * p.width, to = (u64)blockIdx.x * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.out[to + i] = read(p.table, p.stored, from + i);
 }
@@ -57,6 +60,7 @@ struct Select {
 };
 
 extern "C" __global__ void choose(Select p) {
+    begun();
     u64 from = (u64)p.rows[blockIdx.x] * p.words, to = (u64)blockIdx.x * p.words;
     for (u32 i = threadIdx.x; i < p.words; i += blockDim.x) p.out[to + i] = p.from[from + i];
 }
@@ -68,6 +72,7 @@ struct Bias {
 };
 
 extern "C" __global__ void bias(Bias p) {
+    begun();
     u64 row = (u64)blockIdx.x * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x)
         write(p.out, p.stored, row + i, read(p.out, p.stored, row + i) + p.bias[i]);
@@ -84,6 +89,7 @@ struct Norm {
 // A block a row.
 template <typename T>
 __device__ __forceinline__ void norm(const Norm& p) {
+    begun();
     __shared__ float sums[32];
     const float* x = p.x + (u64)blockIdx.x * p.width;
     T* out = (T*)p.out + (u64)blockIdx.x * p.width;
@@ -127,6 +133,7 @@ struct Gate {
 // silu(gate) * up; a block's row is y, so many elements a thread that they are 16 bytes.
 template <typename T>
 __device__ __forceinline__ void gate(const Gate& p) {
+    begun();
     constexpr u32 EACH = 16 / sizeof(T);
     struct __align__(16) Some {
         T of[EACH];
@@ -166,9 +173,11 @@ struct Turn {
     float turn_scale, eps;
 };
 
-// Normalises and turns queries in place; keys, likewise, and values go to their pages. A block a row, a warp a head.
+// Normalises and turns queries in place; keys, likewise, and values go to their pages. A row is
+// x; the blocks of y share its heads out, a warp a head.
 template <typename T>
 __device__ __forceinline__ void turn(const Turn& p) {
+    begun();
     extern __shared__ float angles[]; // [cos|sin][half]
     Row row = p.rows[blockIdx.x];
     if (row.position < 0) return;
@@ -184,14 +193,17 @@ __device__ __forceinline__ void turn(const Turn& p) {
     u32 slot = row.position % p.pages.page_tokens;
     T* qkv = (T*)p.qkv + (u64)blockIdx.x * (p.heads.heads + 2 * p.heads.kv_heads) * dim;
     T* kept = (T*)p.pages.base + page * p.pages.page + slot * dim;
-    u32 lane = threadIdx.x % 32;
-    for (u32 h = threadIdx.x / 32; h < p.heads.heads + 2 * p.heads.kv_heads; h += blockDim.x / 32) {
+    struct __align__(2 * sizeof(T)) Two {
+        T of[2];
+    };
+    u32 lane = threadIdx.x % 32, all = p.heads.heads + 2 * p.heads.kv_heads;
+    for (u32 h = blockIdx.y * 8 + threadIdx.x / 32; h < all; h += gridDim.y * 8) {
         const T* from = qkv + h * dim;
         bool query = h < p.heads.heads, value = h >= p.heads.heads + p.heads.kv_heads;
         u32 kv_head = (h - p.heads.heads) % p.heads.kv_heads;
         T* to = query ? qkv + h * dim : kept + (value ? p.pages.value : 0) + kv_head * p.pages.page_tokens * dim;
         if (value) {
-            for (u32 i = lane; i < dim; i += 32) to[i] = from[i];
+            for (u32 i = lane; i < half; i += 32) ((Two*)to)[i] = ((const Two*)from)[i];
             continue;
         }
         const float* norm = query ? p.query_norm : p.key_norm;
@@ -201,12 +213,23 @@ __device__ __forceinline__ void turn(const Turn& p) {
             for (u32 i = lane; i < dim; i += 32) sum += read(from[i]) * read(from[i]);
             scale = 1.0f / sqrtf(warp_sum(sum) / (float)dim + p.eps);
         }
-        for (u32 i = lane; i < half; i += 32) {
-            float a = read(from[i]), b = read(from[half + i]);
+        auto turned = [&](T low, T high, u32 i, T& to_low, T& to_high) {
+            float a = read(low), b = read(high);
             if (norm) a = a * scale * norm[i], b = b * scale * norm[half + i];
             float cos = angles[i], sin = angles[half + i];
-            write(to[i], a * cos - b * sin);
-            write(to[half + i], b * cos + a * sin);
+            write(to_low, a * cos - b * sin);
+            write(to_high, b * cos + a * sin);
+        };
+        if (half % 2) {
+            for (u32 i = lane; i < half; i += 32) turned(from[i], from[half + i], i, to[i], to[half + i]);
+            continue;
+        }
+        for (u32 i = lane; i < half / 2; i += 32) {
+            Two low = ((const Two*)from)[i], high = ((const Two*)(from + half))[i], out[2];
+            turned(low.of[0], high.of[0], 2 * i, out[0].of[0], out[1].of[0]);
+            turned(low.of[1], high.of[1], 2 * i + 1, out[0].of[1], out[1].of[1]);
+            ((Two*)to)[i] = out[0];
+            ((Two*)(to + half))[i] = out[1];
         }
     }
 }
@@ -230,6 +253,7 @@ const u32 PLAIN_DIMS = 8; // of each lane at most: heads of up to 256
 // A warp for each row and head: y and x. Four warps of a block share the keys out, each by an online softmax.
 template <typename T>
 __device__ __forceinline__ void plain(const Plain& p) {
+    begun();
     __shared__ float outs[4][PLAIN_DIMS * 32], maxima[4], sums[4];
     Row row = p.rows[blockIdx.y];
     if (row.position < 0) return;

@@ -70,3 +70,27 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ int first_seen(const Heads& heads, int position) {
     return position + 1 > (int)heads.window ? position + 1 - (int)heads.window : 0;
 }
+
+// A GPU may start a kernel before the one ahead of it is over. Nothing that one has made is read, and nothing written,
+// before this. The next one may start from then on.
+__device__ __forceinline__ void begun() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// c += a * b on tensor cores: 16 rows of a, 8 columns of b, 16 numbers each. The lane's numbers of a are rows lane/4 and
+// lane/4 + 8, those of b column lane/4, those of c as a's rows.
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bf16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, f16) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};\n"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
