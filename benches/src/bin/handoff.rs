@@ -379,13 +379,15 @@ struct Prefill {
 impl Prefill {
     fn round(&mut self, case: Case, plan: &mut Plan) -> anyhow::Result<(Sample, Vec<u64>)> {
         let (began, mut submitted) = (now(), None);
-        for step in 0..case.steps() {
-            plan.pack(&self.side.pages, case.layers_of(step), self.side.share)?;
-            plan.fetch_checksums(case.layers_of(step))?;
-        }
-        let (mut packed, mut sent, mut all_sums) = (0, 0, Vec::new());
+        let (mut started, mut packed, mut sent, mut all_sums) = (0, 0, 0, Vec::new());
         let until = Instant::now() + PATIENCE;
         while sent < case.steps() * case.chunks {
+            if started < case.steps() {
+                // All chunks of a layer by one launch, as far ahead as the plan takes them.
+                plan.pack(&self.side.pages, case.layers_of(started), self.side.share)?;
+                plan.fetch_checksums(case.layers_of(started))?;
+                started += 1;
+            }
             if let Some(moved) = plan.poll_checksums()? {
                 submitted.get_or_insert_with(now);
                 for chunk in 0..case.chunks {
