@@ -366,8 +366,8 @@ impl Drop for Peer {
 struct Sample {
     /// From the first call until the checksums of the last layer agreed.
     verified: f64,
-    /// From the first submit until the last write had landed.
-    wire: f64,
+    /// Of these: until the first submit; from there until the last write had landed; and from there on.
+    parts: [f64; 3],
 }
 
 struct Prefill {
@@ -416,9 +416,9 @@ impl Prefill {
         }
         let said = self.peer.hear()?;
         let [_, done, landed] = said.split(' ').collect::<Vec<_>>()[..] else { bail!("{said}") };
-        let us = |from: u64, to: &str| anyhow::Ok((to.parse::<u64>()? - from) as f64 / 1e3);
-        let wire = us(submitted.context("something was written")?, landed)?;
-        Ok((Sample { verified: us(began, done)?, wire }, all_sums))
+        let times = [began, submitted.context("something was written")?, landed.parse()?, done.parse()?];
+        let us = |from: usize, to: usize| (times[to] - times[from]) as f64 / 1e3;
+        Ok((Sample { verified: us(0, 3), parts: [us(0, 1), us(1, 2), us(2, 3)] }, all_sums))
     }
 }
 
@@ -449,8 +449,8 @@ fn measure(options: &Options, dir: &FilePath) -> anyhow::Result<()> {
     let bound = Bound::new(&side)?;
     let mut prefill = Prefill { side, peer, window };
     println!(
-        "{:<12} {:>10} {:>12} {:>8} {:>10} {:>12}",
-        "", "MiB", "verified us", "GB/s", "wire us", "copy us"
+        "{:<12} {:>6} {:>12} {:>8}   {:>10} {:>10} {:>10} {:>12}",
+        "", "MiB", "verified us", "GB/s", "before us", "wire us", "after us", "copy us"
     );
     for (index, (name, case)) in Case::all(&prefill.side.shape).into_iter().enumerate() {
         prefill.peer.ask(&format!("case {index}"), "ready")?;
@@ -463,23 +463,27 @@ fn measure(options: &Options, dir: &FilePath) -> anyhow::Result<()> {
             case.set(&mut plan, &prefill.side.shape, &pages, &prefill.side.packed_there)?;
             plans.push(plan);
         }
-        let (mut verified, mut wire, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut verified, mut copies) = (Vec::new(), Vec::new());
+        let mut parts: [Vec<f64>; 3] = Default::default();
         const WARM: usize = 3;
         for round in 0..WARM + options.rounds {
             let (sample, sums) = prefill.round(case, &mut plans[round % 2])?;
             let copy = bound.copy(bytes)?;
             if round >= WARM {
                 verified.push(sample.verified);
-                wire.push(sample.wire);
+                parts.iter_mut().zip(sample.parts).for_each(|(part, us)| part.push(us));
                 copies.push(copy);
             }
             if round + 1 == WARM + options.rounds {
                 prefill.peer.ask(&format!("check {}", list(&sums)), "right")?;
             }
         }
-        let [verified, wire, copy] = [verified, wire, copies].map(median);
+        let [verified, copy] = [verified, copies].map(median);
+        let [before, wire, after] = parts.map(median);
         let (mib, rate) = (bytes as f64 / f64::from(1 << 20), bytes as f64 / verified / 1e3);
-        println!("{name:<12} {mib:>10.0} {verified:>12.1} {rate:>8.1} {wire:>10.1} {copy:>12.1}");
+        println!(
+            "{name:<12} {mib:>6.0} {verified:>12.1} {rate:>8.1}   {before:>10.1} {wire:>10.1} {after:>10.1} {copy:>12.1}"
+        );
     }
     Ok(())
 }
