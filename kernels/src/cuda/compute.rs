@@ -7,10 +7,10 @@ use crate::pages::Paged;
 use cudarc::driver::{CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::ffi::c_void;
-use std::{ptr, slice};
 use std::sync::{Arc, Mutex, PoisonError};
-use tandem_memory::{Extent, HostRegion};
+use std::{ptr, slice};
 use tandem_memory::cuda::{CudaError, Device, DeviceRegion, PinnedRegion};
+use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::{LayerIdx, TokenId};
 
 /// The widest head that any kernel takes.
