@@ -7,7 +7,6 @@ use router::metrics::Metrics;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tandem_process::Shutdown;
@@ -42,13 +41,11 @@ static IDENTITY: LazyLock<Identity> = LazyLock::new(|| {
     identity
 });
 
-static NEXT_NODE: AtomicU64 = AtomicU64::new(1);
-
 fn bind() -> (Control, mpsc::Receiver<ControlEvent>, NodeId) {
-    let node = NodeId(NEXT_NODE.fetch_add(1, Relaxed));
+    let identity = IDENTITY.another().unwrap();
     let (control, events) =
-        Control::bind("127.0.0.1:0".parse().unwrap(), &IDENTITY, node, Limits::default()).unwrap();
-    (control, events, node)
+        Control::bind("127.0.0.1:0".parse().unwrap(), &identity, Limits::default()).unwrap();
+    (control, events, identity.node())
 }
 
 /// What differs between tests.

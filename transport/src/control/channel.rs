@@ -17,7 +17,9 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
-const PROTOCOL: &[u8] = b"tandem-control/1";
+/// Each lane is one stream. The dialler opens both.
+pub(crate) const STREAMS: Streams =
+    Streams { protocol: b"tandem-control/1", bidirectional: 2, unidirectional: 0, independent: 2 };
 
 /// Ended lives that are remembered, to tell a peer which one is over.
 const MAX_REMEMBERED: usize = 4096;
@@ -127,6 +129,8 @@ pub struct Control {
 
 struct Shared {
     local: NodeId,
+    /// Tells peers that it is the node `local`.
+    nonce: u64,
     bound: Bound,
     addr: SocketAddr,
     limits: Limits,
@@ -176,7 +180,7 @@ fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl Control {
-    /// Listens, and takes whoever has a certificate of the cluster. Must be called within a tokio runtime,
+    /// Listens as [`Identity::node`], and takes whoever has a certificate of the cluster. Must be called within a tokio runtime,
     /// which then does the work; the events come in order.
     ///
     /// # Errors
@@ -184,16 +188,14 @@ impl Control {
     pub fn bind(
         addr: SocketAddr,
         identity: &Identity,
-        local: NodeId,
         limits: Limits,
     ) -> Result<(Control, mpsc::Receiver<ControlEvent>), BindError> {
-        // Each lane is one stream. The dialler opens both.
-        let streams = Streams { protocol: PROTOCOL, bidirectional: 2, unidirectional: 0, independent: 2 };
-        let bound = Bound::new(addr, identity, &limits.tuning, streams)?;
+        let bound = Bound::new(addr, identity, &limits.tuning, STREAMS)?;
         let addr = bound.local_addr().map_err(|source| BindError::Bind { addr, source })?;
         let (events, receiver) = mpsc::channel(limits.events.max(1));
         let shared = Arc::new(Shared {
-            local,
+            local: identity.node(),
+            nonce: identity.nonce(),
             bound,
             addr,
             limits,
@@ -334,7 +336,7 @@ impl Shared {
     }
 
     fn hello(&self, life: u64) -> Hello {
-        Hello { node: self.local, life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
+        Hello { nonce: self.nonce, life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
     }
 
     async fn dial(self: Arc<Self>, addr: SocketAddr) -> Result<NodeId, ConnectError> {
@@ -344,7 +346,7 @@ impl Shared {
         let life = getrandom::u64().map_err(|e| failed(e.to_string()))?;
         let mut exchange =
             Exchange::dial(&connection, &self.hello(life)).await.map_err(|e| failed(e.to_string()))?;
-        let node = exchange.peer.node;
+        let node = exchange.node;
         if node == self.local {
             return Err(ConnectError::Itself { addr });
         }
@@ -439,7 +441,7 @@ impl Shared {
     async fn admit(self: Arc<Self>, connecting: quinn::Connecting) -> Result<(), HandshakeError> {
         let connection = connecting.await?;
         let mut exchange = Exchange::answer(&connection, &self.hello(0)).await?;
-        let (node, life) = (exchange.peer.node, exchange.peer.life);
+        let (node, life) = (exchange.node, exchange.peer.life);
         let last_ended = exchange.confirmation().await?;
         let admitted = node != self.local && {
             let mut peers = self.peers();

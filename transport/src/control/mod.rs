@@ -7,6 +7,8 @@
 mod channel;
 pub mod frame;
 
+#[cfg(test)]
+pub(crate) use channel::STREAMS;
 pub use channel::{ConnectError, Control, ControlMetrics, Limits};
 
 use std::net::SocketAddr;

@@ -10,6 +10,7 @@ use crate::events::EventQueue;
 use crate::handshake::{
     Choice, CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits,
 };
+use crate::identity::Identity;
 use crate::quic::Link;
 #[cfg(feature = "rdma")]
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
@@ -56,6 +57,8 @@ pub(super) struct Worker {
 /// Locks are taken in this order: `peers`, a life's state, a window, `outbox`.
 pub(crate) struct Node {
     local: NodeId,
+    /// Tells peers that it is the node `local`.
+    nonce: u64,
     pub(crate) config: NetConfig,
     pub(crate) windows: Windows,
     workers: Vec<Worker>,
@@ -192,7 +195,7 @@ fn rdma_devices(config: &NetConfig) -> Result<Option<Arc<Rdma>>, BindError> {
 
 impl Node {
     pub(super) fn new(
-        local: NodeId,
+        identity: &Identity,
         config: NetConfig,
         workers: Vec<Worker>,
         shm: Option<shm::Listener>,
@@ -200,7 +203,8 @@ impl Node {
         seed: u64,
     ) -> Result<Node, BindError> {
         Ok(Node {
-            local,
+            local: identity.node(),
+            nonce: identity.nonce(),
             windows: Windows::default(),
             workers,
             peers: Mutex::default(),
@@ -615,9 +619,9 @@ impl Node {
         let worker = &self.workers[0];
         let connection = worker.bound.connect(addr)?.await?;
         let mut exchange = Exchange::dial(&connection, &self.hello(number, 0, parts)).await?;
-        if exchange.peer.node != peer {
+        if exchange.node != peer {
             connection.close(CloseCode::Settled.into(), b"another node was meant");
-            return Err(DialError::OtherNode(exchange.peer.node));
+            return Err(DialError::OtherNode(exchange.node));
         }
         let last_ended = {
             let mut peers = lock(&self.peers);
@@ -1076,8 +1080,8 @@ impl Node {
         let connection = worker.bound.connect(addr)?.await?;
         let hello = self.hello(life.number, part, self.config.connections);
         let mut exchange = Exchange::dial(&connection, &hello).await?;
-        if exchange.peer.node != life.peer {
-            return Err(DialError::OtherNode(exchange.peer.node));
+        if exchange.node != life.peer {
+            return Err(DialError::OtherNode(exchange.node));
         }
         if !exchange.confirm(0).await? {
             return Err(DialError::Refused);
@@ -1111,7 +1115,7 @@ impl Node {
             *port = worker.addr.port();
         }
         // Both are at most `MAX_PARTS`.
-        Hello { node: self.local, life, part: part as u16, parts: parts as u16, ports }
+        Hello { nonce: self.nonce, life, part: part as u16, parts: parts as u16, ports }
     }
 
     pub(super) async fn accept(self: Arc<Self>, bound: Bound) {
@@ -1144,7 +1148,8 @@ impl Node {
     async fn admit(self: &Arc<Self>, connecting: quinn::Connecting) -> Result<(), HandshakeError> {
         let connection = connecting.await?;
         let mut exchange = Exchange::answer(&connection, &self.hello(0, 0, 0)).await?;
-        let Hello { node: peer, life: number, part, parts, .. } = exchange.peer;
+        let peer = exchange.node;
+        let Hello { life: number, part, parts, .. } = exchange.peer;
         let last_ended = exchange.confirmation().await?;
         let secret = new_secret().ok_or(HandshakeError::Choice)?;
         let life = if part == 0 {
