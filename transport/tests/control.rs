@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem_proto::ids::NodeId;
 use tandem_transport::Identity;
-use tandem_transport::control::{ConnectError, Control, ControlEvent, Lane, Limits, SendError};
+use tandem_transport::control::{
+    ConnectError, Control, ControlEvent, ControlEvents, Lane, Limits, SendError,
+};
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
 
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
@@ -39,7 +40,7 @@ impl Drop for Scratch {
 struct Process {
     runtime: Option<Runtime>,
     control: Control,
-    events: mpsc::Receiver<ControlEvent>,
+    events: ControlEvents,
 }
 
 impl Process {
@@ -198,6 +199,46 @@ fn frames_and_queues_are_bounded() {
     }
 }
 
+/// Frames that nobody takes in are bounded by their bytes too, whoever sends them, and by one for a lane beyond that.
+#[test]
+fn frames_that_wait_are_bounded_by_their_bytes() {
+    // The second holds no frame whole.
+    for (event_bytes, taken) in [(10_000, 10), (500, 1)] {
+        let limits = Limits { event_bytes, ..Limits::default() };
+        let mut a = Process::start(member(1), limits);
+        let writers = [2, 3].map(|number| Process::start(member(number), Limits::default()));
+        for writer in &writers {
+            writer.connect(&a).unwrap();
+            assert!(matches!(a.next(), ControlEvent::Up { .. }));
+        }
+        for writer in &writers {
+            for i in 0..100 {
+                writer.control.send(id(1), Lane::Main, vec![i; 1000]).unwrap();
+            }
+        }
+        let (mut received, mut since) = (0, Instant::now());
+        while since.elapsed() < Duration::from_millis(300) || received < taken {
+            let now = a.control.metrics().frames_received;
+            if now != received {
+                (received, since) = (now, Instant::now());
+            }
+            assert!(since.elapsed() < Duration::from_secs(10), "only {received} came in");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(received <= taken + 2, "{received} frames wait where {event_bytes} bytes may");
+        let mut came = [Vec::new(), Vec::new()];
+        while came.iter().any(|came| came.len() < 100) {
+            match a.next() {
+                ControlEvent::Frame { peer, bytes, .. } => came[usize::from(peer == id(3))].push(bytes),
+                event => panic!("{event:?}"),
+            }
+        }
+        for came in came {
+            assert_eq!(came, (0..100).map(|i| vec![i; 1000]).collect::<Vec<_>>());
+        }
+    }
+}
+
 #[test]
 fn a_peer_that_breaks_the_rules_is_closed_alone() {
     let strict = Limits { frame_bytes: 100, ..Limits::default() };
@@ -228,7 +269,7 @@ fn strangers_are_refused() {
         let error = from.connect(to).unwrap_err().to_string();
         assert!(error.contains("certificate") || error.contains("UnknownIssuer"), "{error}");
     }
-    assert!(a.events.try_recv().is_err());
+    assert!(a.events.try_recv().is_none());
     // Nor does a node connect to itself, or to nobody.
     assert!(matches!(a.connect(&a), Err(ConnectError::Itself { .. })));
     let nobody = std::net::UdpSocket::bind(LOOPBACK).unwrap();

@@ -18,10 +18,9 @@ use tandem_proto::wire::{
 };
 use tandem_text::TextModel;
 use tandem_transport::Identity;
-use tandem_transport::control::{Control, ControlEvent, Lane, Limits};
+use tandem_transport::control::{Control, ControlEvent, ControlEvents, Lane, Limits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -41,7 +40,7 @@ static IDENTITY: LazyLock<Identity> = LazyLock::new(|| {
     identity
 });
 
-fn bind() -> (Control, mpsc::Receiver<ControlEvent>, NodeId) {
+fn bind() -> (Control, ControlEvents, NodeId) {
     let identity = IDENTITY.another().unwrap();
     let (control, events) =
         Control::bind("127.0.0.1:0".parse().unwrap(), &identity, Limits::default()).unwrap();
@@ -196,7 +195,7 @@ impl Router {
 /// A node that does what the test says.
 pub(crate) struct Node {
     control: Control,
-    events: mpsc::Receiver<ControlEvent>,
+    events: ControlEvents,
     router: NodeId,
     pub(crate) id: NodeId,
 }

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tandem_proto::ids::NodeId;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
@@ -35,6 +35,9 @@ pub struct Limits {
     pub queued_bytes: usize,
     /// Events waiting to be received, at most: when there are more, peers are kept waiting.
     pub events: usize,
+    /// Bytes of frames among them, at most; beyond that each lane of each peer holds one frame. One frame is always
+    /// taken.
+    pub event_bytes: usize,
     /// Peers, at most.
     pub peers: usize,
     /// How long connecting may take.
@@ -52,6 +55,7 @@ impl Default for Limits {
             queued_frames: 4096,
             queued_bytes: 64 << 20,
             events: 1024,
+            event_bytes: 64 << 20,
             peers: 1024,
             handshake: Duration::from_secs(3),
             farewell: Duration::from_secs(1),
@@ -137,7 +141,9 @@ struct Shared {
     peers: Mutex<BTreeMap<NodeId, Peer>>,
     /// Told whenever a peer's state changes.
     changed: Notify,
-    events: mpsc::Sender<ControlEvent>,
+    events: mpsc::Sender<Waiting>,
+    /// Room for frames in `events`, by the byte. First come, first served, so no peer takes all of it from the others.
+    room: Arc<Semaphore>,
     counters: Counters,
 }
 
@@ -168,6 +174,24 @@ struct Life {
     lanes: Option<[LaneQueue; 2]>,
 }
 
+/// An event that nobody has taken yet, and the room that its bytes take up.
+type Waiting = (ControlEvent, Option<OwnedSemaphorePermit>);
+
+/// What happens on a control channel, in order.
+pub struct ControlEvents(mpsc::Receiver<Waiting>);
+
+impl ControlEvents {
+    /// Waits for the next event; none when the channel has ended. May be given up and begun anew.
+    pub async fn recv(&mut self) -> Option<ControlEvent> {
+        self.0.recv().await.map(|(event, _room)| event)
+    }
+
+    /// The next event if there is one already.
+    pub fn try_recv(&mut self) -> Option<ControlEvent> {
+        self.0.try_recv().ok().map(|(event, _room)| event)
+    }
+}
+
 #[derive(Clone)]
 struct LaneQueue {
     frames: mpsc::Sender<Vec<u8>>,
@@ -189,10 +213,11 @@ impl Control {
         addr: SocketAddr,
         identity: &Identity,
         limits: Limits,
-    ) -> Result<(Control, mpsc::Receiver<ControlEvent>), BindError> {
+    ) -> Result<(Control, ControlEvents), BindError> {
         let bound = Bound::new(addr, identity, &limits.tuning, STREAMS)?;
         let addr = bound.local_addr().map_err(|source| BindError::Bind { addr, source })?;
         let (events, receiver) = mpsc::channel(limits.events.max(1));
+        let room = Arc::new(Semaphore::new(limits.event_bytes.clamp(1, Semaphore::MAX_PERMITS)));
         let shared = Arc::new(Shared {
             local: identity.node(),
             nonce: identity.nonce(),
@@ -202,10 +227,11 @@ impl Control {
             peers: Mutex::default(),
             changed: Notify::new(),
             events,
+            room,
             counters: Counters::default(),
         });
         tokio::spawn(Arc::clone(&shared).accept());
-        Ok((Control { shared }, receiver))
+        Ok((Control { shared }, ControlEvents(receiver)))
     }
 
     /// Where it listens.
@@ -523,7 +549,7 @@ impl Shared {
         }
         add(&self.counters.ups, 1);
         let up = ControlEvent::Up { peer: node, addr: connection.remote_address() };
-        let _ = self.events.send(up).await;
+        let _ = self.events.send((up, None)).await;
         let mut readers = JoinSet::new();
         let mut writers = JoinSet::new();
         // What is urgent leaves before what was queued earlier. Only a connection that is lost refuses this.
@@ -549,7 +575,7 @@ impl Shared {
         // What has arrived is still handed over.
         while readers.join_next().await.is_some() {}
         add(&self.counters.downs, 1);
-        let _ = self.events.send(ControlEvent::Down { peer: node, reason }).await;
+        let _ = self.events.send((ControlEvent::Down { peer: node, reason }, None)).await;
     }
 
     fn ended(&self, node: NodeId, life: u64) {
@@ -600,8 +626,12 @@ impl Shared {
                     Ok(Some(bytes)) => {
                         add(&self.counters.frames_received, 1);
                         add(&self.counters.bytes_received, bytes.len() as u64);
+                        // As much as there can ever be, for one that is longer.
+                        let room = bytes.len().min(self.limits.event_bytes.max(1));
+                        let room = u32::try_from(room).unwrap_or(u32::MAX);
+                        let Ok(room) = Arc::clone(&self.room).acquire_many_owned(room).await else { return };
                         let frame = ControlEvent::Frame { peer: node, lane, bytes };
-                        if self.events.send(frame).await.is_err() {
+                        if self.events.send((frame, Some(room))).await.is_err() {
                             // Nobody listens any more.
                             return;
                         }

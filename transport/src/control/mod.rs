@@ -9,7 +9,7 @@ pub mod frame;
 
 #[cfg(test)]
 pub(crate) use channel::STREAMS;
-pub use channel::{ConnectError, Control, ControlMetrics, Limits};
+pub use channel::{ConnectError, Control, ControlEvents, ControlMetrics, Limits};
 
 use std::net::SocketAddr;
 use tandem_proto::ids::NodeId;
