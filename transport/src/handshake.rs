@@ -141,7 +141,8 @@ pub(crate) struct Offers {
     pub(crate) cuda_ipc: Option<shm::GpuOffer>,
     pub(crate) shm: Option<shm::Offer>,
     pub(crate) tls: Option<tls::Offer>,
-    /// Queue pairs, as `rdma::Offer` encodes them. The dialler answers with its own, or nothing.
+    /// Queue pairs, as `rdma::Offer` encodes them; empty if there are devices and none can be used now. The dialler
+    /// answers with its own, or nothing.
     pub(crate) rdma: Option<Vec<u8>>,
 }
 

@@ -53,11 +53,16 @@ impl Log {
         String::from_utf8_lossy(&lines[self.0..]).into_owned()
     }
 
+    /// Whether there is a line with all of these words.
+    pub(crate) fn has(&self, words: &[&str]) -> bool {
+        self.text().lines().any(|line| words.iter().all(|word| line.contains(word)))
+    }
+
     /// Waits for a line with all of these words.
     #[track_caller]
     pub(crate) fn expect(&self, words: &[&str]) {
         let begun = Instant::now();
-        while !self.text().lines().any(|line| words.iter().all(|word| line.contains(word))) {
+        while !self.has(words) {
             assert!(begun.elapsed() < PATIENCE, "no line with {words:?} in:\n{}", self.text());
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -395,6 +400,35 @@ fn floods_of_streams_and_answers_stay_bounded() {
     // None of them is in the way of the end.
     victim.transport.sever(HOSTILE.node());
     victim.until_severed();
+    victim.stop();
+}
+
+/// Sessions that come and go while the node loop takes in nothing: no more than there is room for their events.
+#[test]
+fn sessions_that_come_and_go_are_bounded() {
+    let config = NetConfig { event_limit: 8, connect_timeout: Duration::from_millis(500), ..quic_alone() };
+    let mut victim = Victim::new(config);
+    let hostile = Hostile::new(&HOSTILE);
+    let mut begun = 0;
+    for life in 1..=40 {
+        begun += hostile.run(async {
+            let connection = hostile.connection(victim.addr()).await;
+            let mut exchange = Exchange::dial(&connection, &hello(&HOSTILE, life)).await.unwrap();
+            let session = async {
+                exchange.confirm(0).await?;
+                exchange.offers().await?;
+                exchange.choose(&Choice { paths: vec![Path::Quic], why: String::new() }).await
+            };
+            // Those that wait for room are given up.
+            let session = tokio::time::timeout(Duration::from_millis(50), session).await;
+            i32::from(session.is_ok_and(|begun| begun.is_ok_and(|begun| begun)))
+        });
+    }
+    victim.events.clear();
+    victim.transport.poll(&mut victim.events);
+    assert!(begun >= 4, "{begun} sessions began");
+    assert!(victim.events.len() < 8 + 3, "{} events waited", victim.events.len());
+    victim.check_unharmed();
     victim.stop();
 }
 

@@ -216,6 +216,29 @@ fn tls_that_was_cut_is_taken_again() {
     assert!(nodes.iter().all(|node| metrics(node, Path::Tls).opened == 4));
 }
 
+/// The network refuses TCP when the session begins, and lets it through later.
+#[test]
+fn tls_that_was_refused_at_first_is_taken_later() {
+    let mut random = Random(seed());
+    let mut nodes = nodes_that_repair(&[Path::Tls, Path::Quic], Duration::from_millis(20));
+    let target = nodes[1].transport.local_addr();
+    let relay = Relay::with(target, Tcp::Refuses);
+    connect(&mut nodes, relay.addr);
+    transfer(&mut nodes, 30, &mut random);
+    // Asked again and again meanwhile, and nothing came of it.
+    thread::sleep(Duration::from_millis(200));
+    transfer(&mut nodes, 30, &mut random);
+    assert_eq!(nodes[0].transport.path(id(2)), Some(Path::Quic));
+    relay.let_through(target);
+    until(&mut nodes, |nodes| {
+        [(0, 2), (1, 1)].iter().all(|(node, peer)| nodes[*node].transport.path(id(*peer)) == Some(Path::Tls))
+    });
+    let before = metrics(&nodes[1], Path::Tls).writes_landed;
+    transfer(&mut nodes, 30, &mut random);
+    assert!(metrics(&nodes[1], Path::Tls).writes_landed > before);
+    assert_eq!(metrics(&nodes[0], Path::Tls).failed, 0);
+}
+
 #[test]
 fn where_tcp_is_not_let_through_quic_is_taken() {
     let mut nodes = nodes(&[Path::Tls, Path::Quic]);
