@@ -193,6 +193,32 @@ fn a_link_that_comes_back_is_taken_again() {
     wait(&nodes, Path::Rdma);
 }
 
+/// The session begins while the link is dark, and is on RDMA once it is not.
+#[test]
+fn a_link_that_comes_later_is_taken() {
+    let _alone = alone();
+    if !has_devices() {
+        return;
+    }
+    assert!(Command::new("sh").args(["-c", CUT]).status().unwrap().success());
+    let dark = Dark;
+    let mut nodes = nodes(|config| config.repair = Duration::from_millis(200)..=Duration::from_millis(500));
+    let address = nodes[1].local_addr();
+    nodes[0].connect(reader(), address);
+    poll(&mut nodes, "Connected", |seen| seen.iter().all(|seen| !seen.is_empty()));
+    assert_eq!([nodes[0].path(reader()), nodes[1].path(writer())], [Some(Path::Quic); 2]);
+    transfer(&mut nodes, 1);
+    drop(dark);
+    let began = Instant::now();
+    while [nodes[0].path(reader()), nodes[1].path(writer())] != [Some(Path::Rdma); 2] {
+        assert!(began.elapsed() < PATIENCE, "RDMA is not taken");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    println!("taken {:?} after the link was there", began.elapsed());
+    transfer(&mut nodes, 2);
+    assert_eq!(nodes[1].metrics().paths[Path::Rdma as usize].writes_landed, 8);
+}
+
 #[test]
 fn a_link_that_is_cut_costs_no_write() {
     const LEN: usize = 1 << 20;
