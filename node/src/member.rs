@@ -8,7 +8,7 @@ use tandem_proto::ids::NodeId;
 use tandem_proto::wire::{self, Hello, Message};
 use tandem_transport::control::{self, Control, ControlEvent, ControlEvents};
 use tokio::runtime::Handle;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::broadcast;
 
 /// Pauses between attempts to reach the router.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(2);
