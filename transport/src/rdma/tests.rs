@@ -413,7 +413,7 @@ fn a_broken_queue_pair_is_noticed_at_both_ends() {
 fn work_that_never_ends_is_noticed() {
     let _alone = alone();
     // At the writer, whose second write has its keys; or at the reader, which binds a window.
-    let cases: [(usize, fn(u64) -> bool); 3] = [
+    let cases: [(usize, verbs::Withheld); 3] = [
         (0, |id| matches!(Kind::of(id), Some((Kind::Messages, _)))),
         (0, |id| matches!(Kind::of(id), Some((Kind::Bytes, _)))),
         (1, |id| matches!(Kind::of(id), Some((Kind::Bind, _)))),

@@ -23,6 +23,10 @@ const RETRIES: u8 = 6;
 /// rules.
 const RECEIVER_NOT_READY_RETRIES: u8 = 0;
 
+/// Whether work of an id is such that never ends.
+#[cfg(test)]
+pub(crate) type Withheld = fn(u64) -> bool;
+
 /// Where work ends. Belongs to one thread that polls it.
 pub(crate) struct CompletionQueue {
     raw: *mut ffi::ibv_cq,
@@ -30,7 +34,7 @@ pub(crate) struct CompletionQueue {
     device: Arc<Device>,
     /// Work of such ids never ends, as far as anyone hears.
     #[cfg(test)]
-    withheld: Mutex<Option<fn(u64) -> bool>>,
+    withheld: Mutex<Option<Withheld>>,
 }
 
 // SAFETY: libibverbs promises that its calls may be made from any thread, and the pointers are freed once, in drop.
@@ -143,7 +147,7 @@ impl CompletionQueue {
 
     /// From now on work of such ids does not end, as with a NIC that hangs.
     #[cfg(test)]
-    pub(crate) fn withhold(&self, such: fn(u64) -> bool) {
+    pub(crate) fn withhold(&self, such: Withheld) {
         *self.withheld.lock().unwrap_or_else(PoisonError::into_inner) = Some(such);
     }
 
