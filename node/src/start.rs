@@ -3,7 +3,7 @@
 use crate::device::Device;
 use crate::load::{self, Loaded};
 use crate::status::{Running, Status, StatusAddr};
-use crate::{Board, Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox, random_node_id};
+use crate::{Board, Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox};
 use anyhow::Context;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -241,7 +241,7 @@ impl Started {
         let Started { options, role, shutdown, identity, runtime, status } = self;
         let Loaded { engine, kv, kernels, device } = loaded;
         runtime.block_on(async move {
-        let node = random_node_id().context("no randomness for the node's id")?;
+        let node = identity.node();
         let tuning = Tuning {
             mtu: options.mtu,
             mtu_is_known: options.mtu_is_known,
@@ -249,7 +249,7 @@ impl Started {
             ..Tuning::dead_after(options.peer_timeout)
         };
         let limits = Limits { tuning: tuning.clone(), ..Limits::default() };
-        let (control, events) = Control::bind(options.control, &identity, node, limits)?;
+        let (control, events) = Control::bind(options.control, &identity, limits)?;
         let net = NetConfig {
             paths: options.transport.0.clone(),
             #[cfg(feature = "rdma")]
@@ -259,7 +259,7 @@ impl Started {
             tuning,
             ..NetConfig::default()
         };
-        let mut transport = NetTransport::bind(options.data, &identity, node, net)?;
+        let mut transport = NetTransport::bind(options.data, &identity, net)?;
         let info = engine.info();
         let pool_tokens = u64::from(kv.pages()) * u64::from(info.kv.page_tokens);
         let hello = Hello {
