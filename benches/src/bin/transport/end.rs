@@ -108,8 +108,9 @@ impl Landings {
     }
 }
 
-/// Runs the process until its standard input ends.
-pub(crate) fn serve(way: &Way, region: usize, dir: &Path) -> anyhow::Result<()> {
+/// Runs the process until its standard input ends. `index` is 0 for the sender.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "it chooses the GPU"))]
+pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyhow::Result<()> {
     let memory = match way.kind {
         #[cfg(feature = "cuda")]
         _ if way.is_on_gpus() => p2p::memory(way, index, region)?,

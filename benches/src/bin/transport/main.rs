@@ -112,7 +112,7 @@ struct Options {
 enum Role {
     /// One process of a way, which this program starts by itself.
     #[command(hide = true)]
-    End { way: Way, region: usize, dir: PathBuf },
+    End { way: Way, index: usize, region: usize, dir: PathBuf },
 }
 
 /// How long anything may take.
@@ -122,8 +122,8 @@ const MAX_SIZE: usize = 1 << 30;
 
 fn main() -> anyhow::Result<()> {
     let mut options = Options::parse();
-    if let Some(Role::End { way, region, dir }) = &options.role {
-        return end::serve(way, *region, dir);
+    if let Some(Role::End { way, index, region, dir }) = &options.role {
+        return end::serve(way, *index, *region, dir);
     }
     options.check()?;
     let dir = std::env::temp_dir().join(format!("tandem-bench-{}", std::process::id()));

@@ -51,7 +51,7 @@ impl Process {
             words.extend([way.name.as_str(), &index, &region].map(Into::into));
         } else {
             words.push(std::env::current_exe()?.into_os_string());
-            words.extend(["end", &way.name, &region].map(Into::into));
+            words.extend(["end", &way.name, &index, &region].map(Into::into));
             words.push(setting.dir.into());
         }
         let mut command = Command::new(&words[0]);
