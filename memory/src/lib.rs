@@ -7,7 +7,7 @@
 //! `unsafe`, and each caller says which lease makes it sound.
 //!
 //! With feature `cuda`, the module `cuda` has the same for GPUs: regions, extents, memory of other processes, and
-//! pinned host memory.
+//! pinned host memory; and a [`HostRegion`] may have a twin there, which holds its true bytes.
 //!
 //! This crate never decides who owns what, and never frees memory that a handle still names.
 

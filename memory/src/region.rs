@@ -1,3 +1,5 @@
+#[cfg(feature = "cuda")]
+use crate::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, Twin};
 use crate::file::MemoryFile;
 use std::io;
 use std::ops::Range;
@@ -10,6 +12,9 @@ pub struct HostRegion {
     len: usize,
     /// What another process of this host maps to see the same memory; none if nobody else may.
     file: Option<MemoryFile>,
+    /// The memory of a GPU that holds the true bytes, if there is one.
+    #[cfg(feature = "cuda")]
+    twin: Option<Twin>,
 }
 
 // SAFETY: the region is plain memory; every access goes through the unsafe methods of `Extent`, whose
@@ -42,6 +47,18 @@ pub enum RegionError {
     },
 }
 
+impl RegionError {
+    /// The length of a range that lies in memory of `len` bytes.
+    pub(crate) fn check(range: &Range<usize>, len: usize) -> Result<usize, RegionError> {
+        let &Range { start, end } = range;
+        if start > end || end > len {
+            Err(RegionError::OutOfBounds { start, end, len })
+        } else {
+            Ok(end - start)
+        }
+    }
+}
+
 impl HostRegion {
     /// Memory that transports move: maps `len` zeroed bytes (at least one), which other processes of this
     /// host can map too once they are given [`HostRegion::file`]. In huge pages if the system set some aside.
@@ -49,12 +66,35 @@ impl HostRegion {
     /// # Errors
     /// When the system has no such memory.
     pub fn map(len: usize) -> Result<Arc<HostRegion>, RegionError> {
-        let len = len.max(1);
+        HostRegion::mapped(len.max(1)).map(Arc::new)
+    }
+
+    fn mapped(len: usize) -> Result<HostRegion, RegionError> {
         if let Some(region) = HostRegion::huge(len) {
             return Ok(region);
         }
         let file = MemoryFile::create(len).map_err(|source| RegionError::Map { len, source })?;
         HostRegion::of_file(file, len)
+    }
+
+    /// As [`HostRegion::map`], with a *twin*: memory of a GPU, of the same length, which holds the region's true bytes.
+    /// Whoever cannot reach the GPU uses the host's side, which is pinned, after [`Extent::fetch`] or before
+    /// [`Extent::deposit`]. The twin holds what was in that memory before.
+    ///
+    /// # Errors
+    /// When the system, or the GPU, has no such memory, or the host's cannot be pinned.
+    #[cfg(feature = "cuda")]
+    pub fn with_twin(device: &Arc<Device>, len: usize) -> Result<Arc<HostRegion>, CudaError> {
+        let mut region = HostRegion::mapped(len.max(1))?;
+        region.twin = Some(Twin::new(device, region.base, region.len)?);
+        Ok(Arc::new(region))
+    }
+
+    /// The region's twin, if it has one.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn twin(&self) -> Option<&Arc<DeviceRegion>> {
+        self.twin.as_ref().map(Twin::region)
     }
 
     /// Memory of this process alone: maps `len` zeroed bytes (at least one), asking for transparent huge
@@ -69,7 +109,7 @@ impl HostRegion {
             .map_err(|source| RegionError::Map { len, source })?;
         // SAFETY: the range was just mapped; the advice changes no content, and failing it is harmless.
         unsafe { libc::madvise(base.cast(), len, libc::MADV_HUGEPAGE) };
-        Ok(Arc::new(HostRegion { base, len, file: None }))
+        Ok(Arc::new(HostRegion::at(base, len, None)))
     }
 
     /// The memory that another process of this host mapped and gave the file of, to read and write: both see
@@ -79,19 +119,29 @@ impl HostRegion {
     /// When it is not of this length for good, or cannot be mapped.
     pub fn of_peer(file: OwnedFd, len: usize) -> Result<Arc<HostRegion>, RegionError> {
         let file = MemoryFile::of_peer(file, len).map_err(|source| RegionError::Map { len, source })?;
-        HostRegion::of_file(file, len)
+        HostRegion::of_file(file, len).map(Arc::new)
     }
 
-    fn huge(len: usize) -> Option<Arc<HostRegion>> {
+    fn huge(len: usize) -> Option<HostRegion> {
         let region = HostRegion::of_file(MemoryFile::huge(len)?, len).ok()?;
         region.file.as_ref()?.seal_content().ok()?;
         Some(region)
     }
 
-    fn of_file(file: MemoryFile, len: usize) -> Result<Arc<HostRegion>, RegionError> {
+    fn of_file(file: MemoryFile, len: usize) -> Result<HostRegion, RegionError> {
         let base = map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.raw())
             .map_err(|source| RegionError::Map { len, source })?;
-        Ok(Arc::new(HostRegion { base, len, file: Some(file) }))
+        Ok(HostRegion::at(base, len, Some(file)))
+    }
+
+    fn at(base: *mut u8, len: usize, file: Option<MemoryFile>) -> HostRegion {
+        HostRegion {
+            base,
+            len,
+            file,
+            #[cfg(feature = "cuda")]
+            twin: None,
+        }
     }
 
     /// What another process of this host needs to map the region: the file, and the [`HostRegion::len`].
@@ -124,15 +174,16 @@ impl HostRegion {
     /// # Errors
     /// When the range leaves the region.
     pub fn extent(self: &Arc<Self>, range: Range<usize>) -> Result<Extent, RegionError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len });
-        }
-        Ok(Extent { region: Arc::clone(self), start: range.start, len: range.end - range.start })
+        let len = RegionError::check(&range, self.len)?;
+        Ok(Extent { region: Arc::clone(self), start: range.start, len })
     }
 }
 
 impl Drop for HostRegion {
     fn drop(&mut self) {
+        // What was pinned is let go while it is mapped.
+        #[cfg(feature = "cuda")]
+        drop(self.twin.take());
         // SAFETY: base and len are those of the mapping made in `map`, and no extent is left: each holds an Arc.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
@@ -190,14 +241,40 @@ impl Extent {
     /// # Errors
     /// When `range` leaves the extent.
     pub fn part(&self, range: Range<usize>) -> Result<Extent, RegionError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len });
-        }
-        Ok(Extent {
-            region: Arc::clone(&self.region),
-            start: self.start + range.start,
-            len: range.end - range.start,
-        })
+        let len = RegionError::check(&range, self.len)?;
+        Ok(Extent { region: Arc::clone(&self.region), start: self.start + range.start, len })
+    }
+
+    /// The same range of the region's twin, if it has one.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn on_device(&self) -> Option<DeviceExtent> {
+        self.region.twin()?.extent(self.start..self.start + self.len).ok()
+    }
+
+    /// Copies the twin's bytes to the host's side, after whatever the GPU was given before for them is over. Returns when
+    /// they are there; does nothing without a twin.
+    ///
+    /// # Safety
+    /// As for [`Extent::bytes_mut`], until it returns.
+    ///
+    /// # Errors
+    /// When the GPU fails.
+    #[cfg(feature = "cuda")]
+    pub unsafe fn fetch(&self) -> Result<(), CudaError> {
+        let Some(twin) = &self.region.twin else { return Ok(()) };
+        // SAFETY: the range lies in both by the field's invariant; the caller has the host's bytes to itself.
+        unsafe { twin.fetch(self.start, self.len) }
+    }
+
+    /// Copies the host's bytes to the twin. Returns when they are there; does nothing without a twin. Bytes that are
+    /// written meanwhile are copied in either state.
+    ///
+    /// # Errors
+    /// When the GPU fails.
+    #[cfg(feature = "cuda")]
+    pub fn deposit(&self) -> Result<(), CudaError> {
+        self.region.twin.as_ref().map_or(Ok(()), |twin| twin.deposit(self.start, self.len))
     }
 
     /// Has the system provide the memory now rather than when it is first touched, which can take a hundred

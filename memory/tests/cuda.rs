@@ -80,6 +80,56 @@ fn host_memory_is_pinned_once_and_let_go() {
     }
 }
 
+/// Threads of their own, as lanes have them.
+#[test]
+fn a_twin_holds_the_true_bytes() {
+    let Some(device) = gpu(0) else { return };
+    const LEN: usize = 5 << 20;
+    let free = || device.memory().unwrap().0;
+    let before = free();
+    let region = HostRegion::with_twin(&device, LEN).unwrap();
+    assert_eq!((region.len(), region.twin().unwrap().len()), (LEN, LEN));
+    let parts: Vec<_> = (0..5).map(|i| region.extent(i << 20..(i + 1) << 20).unwrap()).collect();
+    std::thread::scope(|scope| {
+        for part in &parts {
+            scope.spawn(move || {
+                let sent = pattern(part.len() + part.offset() % 4093)[part.offset() % 4093..].to_vec();
+                // SAFETY: each thread has its part to itself.
+                unsafe { part.bytes_mut() }.copy_from_slice(&sent);
+                part.deposit().unwrap();
+                // SAFETY: as above.
+                unsafe { part.bytes_mut() }.fill(0);
+                let stream = part.on_device().unwrap().region().device().stream().unwrap();
+                let mut there = vec![0; part.len()];
+                part.on_device().unwrap().read(&stream, &mut there).unwrap();
+                assert_eq!(there, sent);
+                // SAFETY: as above.
+                unsafe { part.fetch() }.unwrap();
+                // SAFETY: as above.
+                assert!(unsafe { part.bytes() } == sent);
+            });
+        }
+    });
+    // Beside it nothing is touched.
+    let stream = device.stream().unwrap();
+    let whole = region.extent(0..LEN).unwrap();
+    region.twin().unwrap().extent(0..LEN).unwrap().write(&stream, &vec![7; LEN]).unwrap();
+    // SAFETY: this test is the only holder.
+    unsafe { whole.bytes_mut() }.fill(9);
+    region.extent(100..200).unwrap().deposit().unwrap();
+    // SAFETY: as above.
+    unsafe { region.extent(50..300).unwrap().fetch() }.unwrap();
+    // SAFETY: as above.
+    let bytes = unsafe { whole.bytes() }[..400].to_vec();
+    let expected = |i: usize| if (50..100).contains(&i) || (200..300).contains(&i) { 7 } else { 9 };
+    assert!(bytes.iter().enumerate().all(|(i, byte)| *byte == expected(i)), "{bytes:?}");
+    let plain = HostRegion::map(100).unwrap().extent(0..100).unwrap();
+    assert!(plain.on_device().is_none());
+    plain.deposit().unwrap();
+    drop((region, parts, whole));
+    assert!(free() + (2 << 20) >= before, "the twin is given back");
+}
+
 #[test]
 fn a_region_is_a_dma_buf_where_that_can_be() {
     let Some(device) = gpu(0) else { return };
@@ -100,8 +150,7 @@ fn owner() {
     let region = DeviceRegion::take(&device, 1 << 20).unwrap();
     let extent = region.extent(0..1 << 20).unwrap();
     extent.write(&stream, &pattern(1 << 20)).unwrap();
-    let hex: String = region.export().unwrap().0.iter().map(|byte| format!("{byte:02x}")).collect();
-    println!("handle {hex}");
+    println!("handle {}", region.export().unwrap());
     std::io::stdin().read_line(&mut String::new()).unwrap();
     let mut bytes = vec![0; 1 << 20];
     extent.read(&stream, &mut bytes).unwrap();
@@ -122,12 +171,8 @@ fn another_process_uses_the_memory() {
         .unwrap();
     // Heard to its end: the owner fails when it is not.
     let mut lines = BufReader::new(owner.stdout.take().unwrap()).lines().map_while(Result::ok);
-    let hex =
-        lines.by_ref().filter_map(|line| Some(line.split_once("handle ")?.1.to_owned())).next().unwrap();
-    let mut handle = IpcHandle([0; 64]);
-    for (at, byte) in handle.0.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).unwrap();
-    }
+    let handle: IpcHandle =
+        lines.by_ref().find_map(|line| Some(line.split_once("handle ")?.1.parse().unwrap())).unwrap();
     let region = DeviceRegion::import(&device, &handle, 1 << 20).unwrap();
     let mut bytes = vec![0; 1 << 20];
     region.extent(0..1 << 20).unwrap().read(&stream, &mut bytes).unwrap();

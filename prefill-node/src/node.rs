@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tandem_engine::sampling::{Sampler, SamplingError};
 use tandem_engine::{Engine, Progress, Sequence};
-use tandem_kernels::KvPages;
+use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, Next, Shown};
 use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId};
@@ -23,11 +23,11 @@ pub struct Limits {
 }
 
 /// A prefill node.
-pub struct Node {
-    engine: Box<dyn Engine<Pages = KvPages>>,
-    kv: KvPages,
+pub struct Node<E: Engine, K: Kernels<Pages = E::Pages>> {
+    engine: E,
+    kv: E::Pages,
     pool: PagePool,
-    outbound: Outbound,
+    outbound: Outbound<K>,
     limits: Limits,
     waiting: VecDeque<Box<Prompt>>,
     /// Prompts that hold pages, until their handoff is over.
@@ -63,15 +63,10 @@ struct Share {
     last: bool,
 }
 
-impl Node {
+impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     /// A node with an empty pool.
     #[must_use]
-    pub fn new(
-        engine: Box<dyn Engine<Pages = KvPages>>,
-        kv: KvPages,
-        outbound: Outbound,
-        limits: Limits,
-    ) -> Node {
+    pub fn new(engine: E, kv: E::Pages, outbound: Outbound<K>, limits: Limits) -> Node<E, K> {
         let pool = PagePool::new(kv.pages());
         Node {
             engine,
@@ -90,18 +85,21 @@ impl Node {
 
     /// Shows its state there.
     #[must_use]
-    pub fn showing(mut self, board: Arc<Board>) -> Node {
+    pub fn showing(mut self, board: Arc<Board>) -> Node<E, K> {
         self.board = board;
         self
     }
 
     /// Runs until it is stopped, or drained and idle.
-    pub fn run(mut self) {
+    ///
+    /// # Errors
+    /// When its device failed.
+    pub fn run(mut self) -> anyhow::Result<()> {
         loop {
             match self.turn() {
                 Next::Again => {}
                 Next::Wait(until) => self.outbound.wait(until),
-                Next::Finished => return,
+                Next::Finished => return self.outbound.failed(),
             }
         }
     }

@@ -33,6 +33,7 @@ mod shm;
 pub mod sim;
 mod tls;
 mod transport;
+mod twin;
 mod window;
 
 pub use congestion::Congestion;

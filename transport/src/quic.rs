@@ -7,6 +7,7 @@ use crate::net::header::{ACK_BYTES, Ack, HEADER_BYTES, Header};
 use crate::net::lane::{Job, Lane, LaneId, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
+use crate::window::Landing;
 use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream, VarInt, WriteError};
 use std::collections::{BTreeMap, VecDeque};
@@ -225,7 +226,9 @@ impl Link {
         if received != len {
             return Err(RuleBroken("write shorter than its header says"));
         }
-        if landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, window.key)) {
+        if deposit(&landing, offset, len).await
+            && landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, window.key))
+        {
             node.count_landed(life, Path::Quic, len);
             self.landed.notify_one();
             self.acknowledge(Ack { sequence, landed: true });
@@ -355,6 +358,21 @@ impl Lane for Link {
     fn close(&self, reason: &str) {
         self.end(CloseCode::Goodbye, reason);
     }
+}
+
+/// See [`Landing::deposit`]: not on the thread that drives the connection.
+#[cfg(feature = "cuda")]
+async fn deposit(landing: &Arc<Landing>, offset: u64, len: u64) -> bool {
+    if landing.extent().region().twin().is_none() {
+        return true;
+    }
+    let landing = Arc::clone(landing);
+    tokio::task::spawn_blocking(move || landing.deposit(offset, len)).await.unwrap_or(false)
+}
+
+#[cfg(not(feature = "cuda"))]
+async fn deposit(landing: &Arc<Landing>, offset: u64, len: u64) -> bool {
+    landing.deposit(offset, len)
 }
 
 /// One more than its bytes, so that empty writes are spread too.

@@ -3,7 +3,7 @@
 use crate::transport::{RegionId, TransportError};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
@@ -39,8 +39,9 @@ pub(crate) struct Landing {
     /// that many threads land in one window and seldom meet. Byte b belongs to stripe `b / STRIPE`, modulo
     /// their number. Locked in order; closed from the first on.
     stripes: Box<[Stripe]>,
-    /// Set while the window is open. A window is one peer's, and a peer has at most one keeper in its life.
-    keeper: OnceLock<Weak<dyn Keeper>>,
+    /// The last that asked while the window was open. A window is one peer's; where a peer's lane has failed and another
+    /// was made, nothing lands by the first any more.
+    keeper: Mutex<Option<Weak<dyn Keeper>>>,
 }
 
 /// Bytes of a stripe: a few pieces of what a thread lands at a time.
@@ -102,7 +103,7 @@ impl Windows {
                 stripes: (0..range.len().div_ceil(STRIPE).clamp(1, MAX_STRIPES))
                     .map(|_| Stripe::default())
                     .collect(),
-                keeper: OnceLock::new(),
+                keeper: Mutex::default(),
             }),
         );
         if start < end {
@@ -117,7 +118,8 @@ impl Windows {
             return;
         };
         landing.close();
-        if let Some(keeper) = landing.keeper.get().and_then(Weak::upgrade) {
+        let keeper = lock(&landing.keeper).as_ref().and_then(Weak::upgrade);
+        if let Some(keeper) = keeper {
             keeper.window_closed(key);
         }
         // Only now may the place be another's, and a second closer find nothing to wait for.
@@ -155,18 +157,22 @@ impl Landing {
     }
 
     /// Where the window's bytes are.
-    #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
+    #[cfg_attr(
+        not(any(feature = "rdma", feature = "cuda")),
+        expect(dead_code, reason = "only devices land by themselves")
+    )]
     pub(crate) fn extent(&self) -> &Extent {
         &self.extent
     }
 
     /// Names who is to be told when the window closes; false if it is closed.
-    #[cfg_attr(not(feature = "rdma"), expect(dead_code, reason = "only devices land by themselves"))]
+    #[cfg_attr(
+        not(any(feature = "rdma", feature = "cuda", test)),
+        expect(dead_code, reason = "only devices land by themselves")
+    )]
     #[must_use]
     pub(crate) fn keep(&self, keeper: Weak<dyn Keeper>) -> bool {
-        self.complete(|| {
-            let _ = self.keeper.set(keeper);
-        })
+        self.complete(|| *lock(&self.keeper) = Some(keeper))
     }
 
     /// Copies a piece to its place, unless the window has been closed or the piece leaves it.
@@ -200,6 +206,35 @@ impl Landing {
         // waits for the stripes held here; windows do not overlap, and whoever else writes any of these bytes
         // needs one of these stripes too.
         write(unsafe { place.bytes_mut() });
+        true
+    }
+
+    /// Puts bytes that have landed to where they are true: on the GPU, if the window's region has a twin. Before they are
+    /// reported. False if the window has been closed, or the GPU fails.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub(crate) fn deposit(&self, at: u64, len: u64) -> bool {
+        if self.extent.region().twin().is_none() {
+            return true;
+        }
+        let (start, end) = (at as usize, (at + len) as usize);
+        let Ok(place) = self.extent.part(start..end) else { return false };
+        crate::twin::pieces(&place).all(|piece| {
+            let start = piece.offset() - self.extent.offset();
+            let stripes = self.stripes_of(start..start + piece.len());
+            let held: Vec<_> = stripes.map(|i| lock(&self.stripes[i].0)).collect();
+            // Who closes the window waits for a piece at most.
+            !held.iter().any(|closed| **closed)
+                && piece
+                    .deposit()
+                    .inspect_err(|error| tracing::error!(%error, "what has landed is lost"))
+                    .is_ok()
+        })
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[must_use]
+    pub(crate) fn deposit(&self, _at: u64, _len: u64) -> bool {
         true
     }
 
@@ -331,6 +366,29 @@ mod tests {
             let _ = second.join().unwrap();
             assert!(!landing.land(0, &[1]));
         });
+    }
+
+    /// When a lane has failed, the one that was made in its place lands in the same windows.
+    #[test]
+    fn the_last_keeper_is_told_of_the_end() {
+        struct Told(Mutex<Vec<u64>>);
+        impl Keeper for Told {
+            fn window_closed(&self, key: u64) {
+                lock(&self.0).push(key);
+            }
+        }
+        let (windows, region) = windows();
+        let window = windows.open(PEER, region, 0..10, || 5).unwrap();
+        let landing = windows.find(PEER, &window, 0, 1).unwrap();
+        let [first, second] = [(); 2].map(|()| Arc::new(Told(Mutex::default())));
+        for keeper in [&first, &second] {
+            let keeper: Arc<dyn Keeper> = Arc::clone(keeper) as _;
+            assert!(landing.keep(Arc::downgrade(&keeper)));
+        }
+        windows.close(5);
+        assert_eq!([&first, &second].map(|told| lock(&told.0).clone()), [vec![], vec![5]]);
+        let keeper: Arc<dyn Keeper> = first;
+        assert!(!landing.keep(Arc::downgrade(&keeper)), "the window is closed");
     }
 
     #[test]

@@ -428,11 +428,7 @@ impl Owner {
     }
 
     fn import(&mut self, gpu: &Gpu, len: usize) -> anyhow::Result<DeviceExtent> {
-        let hex = self.hear()?;
-        let mut handle = IpcHandle([0; 64]);
-        for (at, byte) in handle.0.iter_mut().enumerate() {
-            *byte = u8::from_str_radix(hex.get(2 * at..2 * at + 2).context("a handle")?, 16)?;
-        }
+        let handle = self.hear()?.parse::<IpcHandle>().map_err(anyhow::Error::msg)?;
         Ok(DeviceRegion::import(gpu.kernels.device(), &handle, len)?.extent(0..len)?)
     }
 }
@@ -599,8 +595,7 @@ fn own(options: &Options, ordinal: usize) -> anyhow::Result<()> {
     let landing = gpu.take(shape.bytes())?;
     let there = DevicePages::new(shape.layout, gpu.take(shape.layout.bytes())?)?;
     for extent in [&landing, there.storage()] {
-        let hex: String = extent.region().export()?.0.iter().map(|byte| format!("{byte:02x}")).collect();
-        println!("{hex}");
+        println!("{}", extent.region().export()?);
     }
     let pages = shape.pages(2);
     let mut plan = gpu.plan(&shape)?;

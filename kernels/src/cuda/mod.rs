@@ -3,6 +3,7 @@
 //! - [`CudaKernels`]: the kernels, loaded into a GPU once.
 //! - [`DevicePages`]: pages of that GPU, or of one that it reaches, in any [`PagedLayout`].
 //! - [`KvDevicePages`]: the paged KV that a node owns, as the CPU's [`crate::KvPages`].
+//! - [`CudaPacker`]: [`crate::Kernels`] for those.
 //! - [`Plan`]: chunks whose pages and places the GPU knows. It is set once, then moves any range of layers by one
 //!   launch, on a stream, and waits for nothing.
 //!
@@ -10,10 +11,12 @@
 
 mod blas;
 mod compute;
+mod packer;
 mod pages;
 mod plan;
 
 pub use compute::{Compute, Fetched, Graph, MAX_HEAD_DIM, Matrix, Numbers, Rows, Source, Turn, Work};
+pub use packer::CudaPacker;
 pub use pages::KvDevicePages;
 pub use plan::{Checksums, Chunk, Place, PlacesOf, Plan, PlanError, PlanLimits, Share};
 

@@ -16,8 +16,10 @@ use tandem_proto::layout::KvShape;
 pub struct KvDevicePages {
     shape: KvShape,
     pages: DevicePages,
+    /// The same memory as one layer of all layers' pages.
+    all_layers: DevicePages,
     /// For each layer, after the work that wrote to it last.
-    written: Vec<CudaEvent>,
+    written: Vec<Arc<CudaEvent>>,
     /// Copies of pages.
     stream: Arc<CudaStream>,
 }
@@ -29,22 +31,37 @@ impl KvDevicePages {
     /// When the shape is unusable or the GPU has no such memory.
     pub fn new(device: &Arc<Device>, shape: KvShape, pages: u32) -> Result<KvDevicePages, PagesError> {
         let len = pool_bytes(&shape, pages)?;
+        if shape.layers.checked_mul(pages).is_none() {
+            let page_bytes = shape.layer_page_bytes() * shape.layers as usize;
+            return Err(PagesError::TooLarge { pages, page_bytes });
+        }
         let layout = PagedLayout::of(&shape, pages);
         let storage = DeviceRegion::take(device, len)?.extent(0..len)?;
         let stream = device.stream()?;
         // SAFETY: the memory was just taken, and nobody else has it.
         let said = unsafe { result::memset_d8_async(storage.address(), 0, len, stream.cu_stream()) };
         device.said("clear its KV pages", said.and_then(|()| stream.synchronize()))?;
-        let events = (0..shape.layers).map(|_| device.context().new_event(None));
+        let events = (0..shape.layers).map(|_| device.context().new_event(None).map(Arc::new));
         let written = device.said("make events", events.collect::<Result<_, _>>())?;
-        let pages = DevicePages::new(layout, storage).expect("the storage is as long as the layout says");
-        Ok(KvDevicePages { shape, pages, written, stream })
+        let of = |layout| DevicePages::new(layout, storage.clone()).expect("the storage is as long");
+        let all_layers = of(PagedLayout { layers: 1, pages: shape.layers * pages, ..layout });
+        Ok(KvDevicePages { shape, pages: of(layout), all_layers, written, stream })
     }
 
     /// Their memory and layout, for kernels.
     #[must_use]
     pub fn device_pages(&self) -> &DevicePages {
         &self.pages
+    }
+
+    /// The same memory as one layer, which has the pages of all layers: so that one launch reaches them all.
+    pub(super) fn all_layers(&self) -> &DevicePages {
+        &self.all_layers
+    }
+
+    /// A page of a layer, as a page of [`KvDevicePages::all_layers`].
+    pub(super) fn all_layers_page(&self, layer: LayerIdx, page: PageId) -> PageId {
+        PageId(layer.0 * self.pages() + page.0)
     }
 
     /// The GPU.
@@ -74,6 +91,12 @@ impl KvDevicePages {
     /// When the layer does not exist.
     pub fn after(&self, layer: LayerIdx, stream: &CudaStream) -> Result<(), CudaError> {
         self.device().said("wait for KV", stream.wait(&self.written[layer.0 as usize]))
+    }
+
+    /// What is to be waited for before `layer` is read, unless that is over.
+    pub(super) fn not_yet_written(&self, layer: LayerIdx) -> Option<Arc<CudaEvent>> {
+        let event = &self.written[layer.0 as usize];
+        (!event.is_complete()).then(|| Arc::clone(event))
     }
 
     fn copy(&self, from: PageId, to: PageId) -> Result<(), CudaError> {

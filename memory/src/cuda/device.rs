@@ -6,6 +6,7 @@ use std::sync::Arc;
 pub struct Device {
     context: Arc<CudaContext>,
     name: String,
+    id: [u8; 16],
     multiprocessors: u32,
 }
 
@@ -44,7 +45,8 @@ impl Device {
             let name = format!("GPU {ordinal} ({})", context.name()?);
             let multiprocessors =
                 context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-            Ok(Device { context, name, multiprocessors: u32::try_from(multiprocessors).unwrap_or(1) })
+            let id = context.uuid()?.bytes.map(|byte| byte as u8);
+            Ok(Device { context, name, id, multiprocessors: u32::try_from(multiprocessors).unwrap_or(1) })
         });
         opened.map(Arc::new).map_err(|source| CudaError::Driver {
             device: format!("GPU {ordinal}"),
@@ -57,6 +59,12 @@ impl Device {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Names the GPU to other processes of the host, whatever number it has there.
+    #[must_use]
+    pub fn id(&self) -> [u8; 16] {
+        self.id
     }
 
     /// As in [`Device::open`].
@@ -105,6 +113,47 @@ impl Device {
         };
         self.said("tell whether it reaches another", said.result())?;
         Ok(can != 0)
+    }
+
+    /// Whether this GPU can read the memory of the one that another process calls `id`: the same one, or one that it
+    /// reaches. It need not be open here.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfReach`] if it cannot.
+    pub fn check_reach(&self, id: [u8; 16]) -> Result<(), CudaError> {
+        if id == self.id {
+            return Ok(());
+        }
+        let out_of_reach = |why| CudaError::OutOfReach { device: self.name.clone(), why };
+        for ordinal in 0..Device::count()? {
+            let ordinal = i32::try_from(ordinal).unwrap_or(i32::MAX);
+            let found = result::device::get(ordinal)
+                .and_then(|peer| Ok((peer, result::device::get_uuid(peer)?.bytes.map(|byte| byte as u8))));
+            let (peer, its_id) = self.said("tell which GPUs there are", found)?;
+            if its_id == id {
+                let mut can = 0;
+                // SAFETY: both are GPUs of this system, and `can` is ours to write.
+                let said =
+                    unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, self.context.cu_device(), peer) };
+                self.said("tell whether it reaches another", said.result())?;
+                let no = || out_of_reach(format!("there is no way between it and GPU {ordinal}"));
+                return if can != 0 { Ok(()) } else { Err(no()) };
+            }
+        }
+        Err(out_of_reach("it is not shown to this process: see CUDA_VISIBLE_DEVICES".to_owned()))
+    }
+
+    /// Lets this GPU's copies and kernels use the memory of another that this process has opened.
+    pub(super) fn let_use(&self, peer: &Device) -> Result<(), CudaError> {
+        if self.id == peer.id {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: both contexts live as long as their devices' holders; access may be given at any time.
+        match unsafe { sys::cuCtxEnablePeerAccess(peer.context.cu_ctx(), 0) } {
+            sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            said => self.said("use another GPU's memory", said.result()),
+        }
     }
 
     /// Makes this GPU's context the thread's, for calls that take the thread's.

@@ -1,13 +1,17 @@
 //! Memory of NVIDIA GPUs. NVIDIA's driver is opened when it is first asked for: without one, everything here is
 //! refused with [`CudaError::NoDriver`], and nothing else happens.
 
+mod copies;
 mod device;
 mod pinned;
 mod region;
+mod twin;
 
+pub use copies::{Copies, Mark};
 pub use device::Device;
 pub use pinned::PinnedRegion;
 pub use region::{DeviceExtent, DeviceRegion, IpcHandle};
+pub(crate) use twin::Twin;
 
 use crate::RegionError;
 use cudarc::driver::DriverError;
@@ -31,6 +35,14 @@ pub enum CudaError {
     NoDmaBuf {
         /// The GPU.
         device: String,
+    },
+    /// Another process's GPU cannot be read by this one.
+    #[error("{device} does not reach the peer's GPU: {why}")]
+    OutOfReach {
+        /// The GPU.
+        device: String,
+        /// What is missing.
+        why: String,
     },
     /// The range leaves its memory.
     #[error(transparent)]

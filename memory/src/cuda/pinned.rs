@@ -6,7 +6,8 @@ use std::sync::Arc;
 /// Host memory that GPUs copy from and to at full speed, and without a thread. Locked into the host's memory as
 /// long as this lives.
 pub struct PinnedRegion {
-    device: Arc<Device>,
+    // Let go before the memory is.
+    _pin: Pin,
     memory: Arc<HostRegion>,
 }
 
@@ -16,13 +17,9 @@ impl PinnedRegion {
     /// # Errors
     /// When the driver refuses: for one, when it is pinned already.
     pub fn pin(device: &Arc<Device>, memory: Arc<HostRegion>) -> Result<PinnedRegion, CudaError> {
-        device.bind()?;
-        // SAFETY: the range is mapped as long as the region, which this holds.
-        let said = unsafe {
-            sys::cuMemHostRegister_v2(memory.base().cast(), memory.len(), sys::CU_MEMHOSTREGISTER_PORTABLE)
-        };
-        device.said(&format!("pin {} bytes of host memory", memory.len()), said.result())?;
-        Ok(PinnedRegion { device: Arc::clone(device), memory })
+        // SAFETY: the range is mapped as long as the region, which this holds longer than the pin.
+        let pin = unsafe { Pin::new(device, memory.base(), memory.len()) }?;
+        Ok(PinnedRegion { _pin: pin, memory })
     }
 
     /// The memory.
@@ -32,12 +29,35 @@ impl PinnedRegion {
     }
 }
 
-impl Drop for PinnedRegion {
+/// A range of host memory that is pinned as long as this lives.
+pub(super) struct Pin {
+    device: Arc<Device>,
+    base: *mut u8,
+}
+
+// SAFETY: the address is not used but to name the range to the driver, from any thread.
+unsafe impl Send for Pin {}
+// SAFETY: as above.
+unsafe impl Sync for Pin {}
+
+impl Pin {
+    /// # Safety
+    /// The range must be mapped as long as this lives.
+    pub(super) unsafe fn new(device: &Arc<Device>, base: *mut u8, len: usize) -> Result<Pin, CudaError> {
+        device.bind()?;
+        // SAFETY: the caller's promise.
+        let said = unsafe { sys::cuMemHostRegister_v2(base.cast(), len, sys::CU_MEMHOSTREGISTER_PORTABLE) };
+        device.said(&format!("pin {len} bytes of host memory"), said.result())?;
+        Ok(Pin { device: Arc::clone(device), base })
+    }
+}
+
+impl Drop for Pin {
     fn drop(&mut self) {
         // What is still being copied needs it.
         let context = self.device.context();
         context.record_err(context.synchronize());
-        // SAFETY: registered in `pin`, and once.
-        context.record_err(unsafe { sys::cuMemHostUnregister(self.memory.base().cast()).result() });
+        // SAFETY: registered in `new`, and once.
+        context.record_err(unsafe { sys::cuMemHostUnregister(self.base.cast()).result() });
     }
 }

@@ -3,7 +3,7 @@ use crate::RegionError;
 use cudarc::driver::{CudaStream, result, sys};
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Regions begin and end at multiples of this, so that no other allocation lies in what is exported of one.
 const GRANULE: usize = 2 << 20;
@@ -18,16 +18,53 @@ pub struct DeviceRegion {
     origin: Origin,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Origin {
     Taken,
+    /// Another process's.
     Imported,
+    /// Of this process, by the handle that it exported.
+    Own {
+        _held: Arc<DeviceRegion>,
+    },
+}
+
+/// What this process has exported: the driver opens only other processes' handles.
+static EXPORTED: Mutex<Vec<(IpcHandle, Weak<DeviceRegion>)>> = Mutex::new(Vec::new());
+
+fn exported() -> MutexGuard<'static, Vec<(IpcHandle, Weak<DeviceRegion>)>> {
+    // Nothing panics between two steps of a change.
+    EXPORTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What another process of the host needs to use a region, beside its length. It is of use as long as the region
 /// lives, and to any process of the same user.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct IpcHandle(pub [u8; 64]);
+
+/// In hexadecimal digits.
+impl std::fmt::Display for IpcHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::str::FromStr for IpcHandle {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<IpcHandle, String> {
+        let wrong = || format!("{text:?} is no handle: it has 128 hexadecimal digits");
+        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+        let mut handle = IpcHandle([0; 64]);
+        if pairs.len() != handle.0.len() || !rest.is_empty() {
+            return Err(wrong());
+        }
+        for (byte, [high, low]) in handle.0.iter_mut().zip(pairs) {
+            let digit = |digit: u8| char::from(digit).to_digit(16).ok_or_else(wrong);
+            *byte = (digit(*high)? << 4 | digit(*low)?) as u8;
+        }
+        Ok(handle)
+    }
+}
 
 impl DeviceRegion {
     /// Takes `len` bytes (at least one) of the GPU's memory, with what was in them before.
@@ -44,16 +81,23 @@ impl DeviceRegion {
         Ok(Arc::new(DeviceRegion { device: Arc::clone(device), address, len, origin: Origin::Taken }))
     }
 
-    /// The memory that another process exported, of this GPU or of one that `device` reaches, for `device` to use.
+    /// The memory that a process exported, of this GPU or of one that `device` reaches, for `device` to use.
     ///
     /// # Errors
-    /// When the handle names nothing that `device` reaches, memory of this process, or less than `len` bytes.
+    /// When the handle names nothing that `device` reaches, or less than `len` bytes.
     pub fn import(
         device: &Arc<Device>,
         handle: &IpcHandle,
         len: usize,
     ) -> Result<Arc<DeviceRegion>, CudaError> {
         device.bind()?;
+        let own = exported().iter().find(|(known, _)| known == handle).and_then(|(_, own)| own.upgrade());
+        if let Some(own) = own {
+            RegionError::check(&(0..len), own.len)?;
+            device.let_use(&own.device)?;
+            let (device, address) = (Arc::clone(device), own.address);
+            return Ok(Arc::new(DeviceRegion { device, address, len, origin: Origin::Own { _held: own } }));
+        }
         let mut address = 0;
         let handle = sys::CUipcMemHandle { reserved: handle.0.map(|byte| byte as std::ffi::c_char) };
         let lazily = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
@@ -77,13 +121,17 @@ impl DeviceRegion {
     ///
     /// # Errors
     /// When the driver refuses: memory that was imported cannot be passed on.
-    pub fn export(&self) -> Result<IpcHandle, CudaError> {
+    pub fn export(self: &Arc<Self>) -> Result<IpcHandle, CudaError> {
         self.device.bind()?;
         let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
         // SAFETY: the region is allocated as long as this lives, and `handle` is ours to write.
         let said = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, self.address) };
         self.device.said("export its memory to another process", said.result())?;
-        Ok(IpcHandle(handle.reserved.map(|byte| byte as u8)))
+        let handle = IpcHandle(handle.reserved.map(|byte| byte as u8));
+        let mut exported = exported();
+        exported.retain(|(known, region)| *known != handle && region.strong_count() > 0);
+        exported.push((handle, Arc::downgrade(self)));
+        Ok(handle)
     }
 
     /// The region as a dma-buf, for a NIC to register: its byte 0 is the region's. The memory is not given back
@@ -94,7 +142,8 @@ impl DeviceRegion {
     pub fn dma_buf(&self) -> Result<OwnedFd, CudaError> {
         use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED as SUPPORTED;
         let supported = self.device.context().attribute(SUPPORTED);
-        if self.origin == Origin::Imported || self.device.said("tell whether it has dma-buf", supported)? == 0
+        if !matches!(self.origin, Origin::Taken)
+            || self.device.said("tell whether it has dma-buf", supported)? == 0
         {
             return Err(CudaError::NoDmaBuf { device: self.device.name().to_owned() });
         }
@@ -151,10 +200,8 @@ impl DeviceRegion {
     /// # Errors
     /// When the range leaves the region.
     pub fn extent(self: &Arc<Self>, range: Range<usize>) -> Result<DeviceExtent, CudaError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len }.into());
-        }
-        Ok(DeviceExtent { region: Arc::clone(self), start: range.start, len: range.end - range.start })
+        let len = RegionError::check(&range, self.len)?;
+        Ok(DeviceExtent { region: Arc::clone(self), start: range.start, len })
     }
 }
 
@@ -162,7 +209,8 @@ impl Drop for DeviceRegion {
     fn drop(&mut self) {
         let context = self.device.context();
         context.record_err(context.bind_to_thread());
-        match self.origin {
+        match &self.origin {
+            Origin::Own { .. } => {}
             // SAFETY: taken in `take`, and given back once. The driver waits for what still uses it.
             Origin::Taken => context.record_err(unsafe { result::free_sync(self.address) }),
             Origin::Imported => {
@@ -220,11 +268,8 @@ impl DeviceExtent {
     /// # Errors
     /// When `range` leaves the extent.
     pub fn part(&self, range: Range<usize>) -> Result<DeviceExtent, CudaError> {
-        if range.start > range.end || range.end > self.len {
-            return Err(RegionError::OutOfBounds { start: range.start, end: range.end, len: self.len }.into());
-        }
-        let (region, start) = (Arc::clone(&self.region), self.start + range.start);
-        Ok(DeviceExtent { region, start, len: range.end - range.start })
+        let len = RegionError::check(&range, self.len)?;
+        Ok(DeviceExtent { region: Arc::clone(&self.region), start: self.start + range.start, len })
     }
 
     /// Copies its bytes to the host, after what `stream` was given before; returns when they are there.
@@ -275,5 +320,20 @@ impl DeviceExtent {
             return Ok(());
         }
         Err(RegionError::OutOfBounds { start: 0, end: len, len: self.len }.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn handles_survive_as_text() {
+        let handle = IpcHandle(std::array::from_fn(|at| (at * 37) as u8));
+        let text = handle.to_string();
+        assert_eq!(text.parse(), Ok(handle));
+        for wrong in ["", &text[1..], &format!("{text}0"), &text.replace('0', "g")] {
+            assert!(wrong.parse::<IpcHandle>().is_err(), "{wrong}");
+        }
     }
 }

@@ -5,10 +5,15 @@ use super::life::Life;
 use super::node::Node;
 use crate::transport::Write;
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use tandem_memory::Extent;
 
 /// A kind of way between two nodes. Better ones come first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Path {
+    /// GPUs of one host: copy engines read the peer's memory. Needs a build with feature `cuda`, and memory on GPUs at
+    /// both ends.
+    CudaIpc,
     /// Shared memory of one host: one copy.
     Shm,
     /// RDMA verbs, over InfiniBand or RoCE: no copy, not encrypted. Needs a build with feature `rdma`.
@@ -21,12 +26,13 @@ pub enum Path {
 
 impl Path {
     /// All, best first.
-    pub const ALL: [Path; 4] = [Path::Shm, Path::Rdma, Path::Tls, Path::Quic];
+    pub const ALL: [Path; 5] = [Path::CudaIpc, Path::Shm, Path::Rdma, Path::Tls, Path::Quic];
 
     /// As it is called in options, logs and metrics.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Path::CudaIpc => "cuda_ipc",
             Path::Shm => "shm",
             Path::Tls => "tls",
             Path::Rdma => "rdma",
@@ -37,6 +43,7 @@ impl Path {
     /// On the wire; never 0.
     pub(crate) fn code(self) -> u8 {
         match self {
+            Path::CudaIpc => 5,
             Path::Shm => 1,
             Path::Tls => 3,
             Path::Rdma => 2,
@@ -127,6 +134,12 @@ pub(crate) trait Lane: Send + Sync {
     fn id(&self) -> LaneId;
 
     fn path(&self) -> Path;
+
+    /// Whether it reads this source's twin by itself; else it reads the host's side.
+    #[cfg(feature = "cuda")]
+    fn reads_twin(&self, _source: &Extent) -> bool {
+        false
+    }
 
     /// Takes a write. Never blocks. The lane may be closed already: then it does nothing.
     fn push(&self, job: Job);

@@ -4,9 +4,12 @@ use super::counters::PeerCounters;
 use super::lane::{Generation, Job, Lane, LaneId, Path};
 use crate::quic::Link;
 use crate::transport::{Event, FailReason, SubmitError, Write};
+use crate::twin::Fetches;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+#[cfg(feature = "cuda")]
+use tandem_memory::Extent;
 use tandem_proto::ids::NodeId;
 use tokio::sync::Notify;
 
@@ -77,7 +80,10 @@ pub(crate) enum Phase {
 
 struct Ticket {
     write: Write,
-    lane: LaneId,
+    /// None while it waits for its source's bytes.
+    lane: Option<LaneId>,
+    /// A lane that failed has had it.
+    repeated: bool,
     path: Path,
     submitted: Instant,
 }
@@ -328,7 +334,7 @@ impl Life {
         Some(Remains { was_up, links, lanes, failed })
     }
 
-    pub(super) fn submit(&self, write: Write, limit: usize) -> Result<(), SubmitError> {
+    pub(super) fn submit(&self, write: Write, limit: usize, fetches: &Fetches) -> Result<(), SubmitError> {
         let mut state = self.state();
         if state.phase != Phase::Up {
             return Err(SubmitError::NotConnected { peer: self.peer });
@@ -337,10 +343,39 @@ impl Life {
             return Err(SubmitError::Full { peer: self.peer, limit });
         }
         // Under the lock, so that the end of the life finds either no ticket or a queued job.
-        if !state.send(None, write, Instant::now()) {
+        let Some(path) = state.path() else {
             return Err(SubmitError::NotConnected { peer: self.peer });
-        }
+        };
+        let sequence = state.next_sequence;
+        state.next_sequence += 1;
+        let ticket = Ticket { write, lane: None, repeated: false, path, submitted: Instant::now() };
+        state.tickets.insert(sequence, ticket);
+        self.send(&mut state, sequence, fetches);
         Ok(())
+    }
+
+    /// Hands a write to a lane, as soon as that can read its source.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "a lane can read every source"))]
+    fn send(&self, state: &mut State, sequence: u64, fetches: &Fetches) {
+        #[cfg(feature = "cuda")]
+        if state.must_fetch(sequence) {
+            return fetches.push(self, sequence);
+        }
+        state.hand_over(sequence);
+    }
+
+    /// The source of a write that waits for it; none if it is not wanted any more.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn waits_for_source(&self, sequence: u64) -> Option<Extent> {
+        let state = self.state();
+        let ticket = state.tickets.get(&sequence)?;
+        ticket.lane.is_none().then(|| ticket.write.source.clone())
+    }
+
+    /// The host's side of a write's source has its bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn fetched(&self, sequence: u64) {
+        self.state().hand_over(sequence);
     }
 
     /// The fate of a write is known, and its source is not read any more: hands its report over, unless
@@ -353,7 +388,7 @@ impl Life {
         report: impl FnOnce(Event),
     ) -> Option<Settled> {
         let mut state = self.state();
-        if state.tickets.get(&sequence)?.lane != lane {
+        if state.tickets.get(&sequence)?.lane != Some(lane) {
             return None;
         }
         let Ticket { write, submitted, .. } = state.tickets.remove(&sequence)?;
@@ -383,7 +418,7 @@ impl Life {
     }
 
     /// Takes out lanes that have failed and are closed, and repeats elsewhere what they have not settled.
-    pub(super) fn leave(&self, generation: Generation, why: &str) -> Moved {
+    pub(super) fn leave(&self, generation: Generation, why: &str, fetches: &Fetches) -> Moved {
         let mut state = self.state();
         let before = state.lanes.len();
         state.lanes.retain(|lane| !is_among(lane.id(), generation));
@@ -397,12 +432,13 @@ impl Life {
         let unsettled: Vec<u64> = state
             .tickets
             .iter()
-            .filter(|(_, ticket)| is_among(ticket.lane, generation))
+            .filter(|(_, ticket)| ticket.lane.is_some_and(|lane| is_among(lane, generation)))
             .map(|(sequence, _)| *sequence)
             .collect();
         for sequence in &unsettled {
-            if let Some(ticket) = state.tickets.remove(sequence) {
-                state.send(Some(*sequence), ticket.write, ticket.submitted);
+            if let Some(ticket) = state.tickets.get_mut(sequence) {
+                (ticket.lane, ticket.repeated) = (None, true);
+                self.send(&mut state, *sequence, fetches);
             }
         }
         state.stand(why);
@@ -441,24 +477,32 @@ impl State {
         LaneId { generation, number: self.next_lane }
     }
 
-    /// Hands a write to the least loaded lane of the best path; one that is repeated keeps its number.
-    fn send(&mut self, repeated: Option<u64>, write: Write, submitted: Instant) -> bool {
-        let Some(path) = self.path() else {
-            return false;
-        };
-        let of_best = self.lanes.iter().take_while(|lane| lane.path() == path);
-        let Some(lane) = of_best.min_by_key(|lane| lane.load()).cloned() else {
-            return false;
-        };
-        let sequence = repeated.unwrap_or(self.next_sequence);
-        if repeated.is_none() {
-            self.next_sequence += 1;
-        }
-        self.tickets.insert(sequence, Ticket { write: write.clone(), lane: lane.id(), path, submitted });
+    /// The least loaded lane of the best path.
+    fn lane(&self) -> Option<&Arc<dyn Lane>> {
+        let path = self.path()?;
+        self.lanes.iter().take_while(|lane| lane.path() == path).min_by_key(|lane| lane.load())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn must_fetch(&self, sequence: u64) -> bool {
+        let source = self.tickets.get(&sequence).map(|ticket| &ticket.write.source);
+        source.is_some_and(|source| {
+            crate::twin::must_fetch(source) && !self.lane().is_some_and(|lane| lane.reads_twin(source))
+        })
+    }
+
+    /// Hands a write that no lane has to the best; one that is repeated keeps its number.
+    fn hand_over(&mut self, sequence: u64) {
+        // There is one as long as there are tickets.
+        let Some(lane) = self.lane().cloned() else { return };
         let floor = self.tickets.first_key_value().map_or(sequence, |(first, _)| *first);
+        let Some(ticket) = self.tickets.get_mut(&sequence).filter(|ticket| ticket.lane.is_none()) else {
+            return;
+        };
+        (ticket.lane, ticket.path) = (Some(lane.id()), lane.path());
         // The lane is of a later generation than all that failed, so whatever carried this write before is named.
-        lane.push(Job { sequence, write, floor, failed: repeated.map(|_| self.failed) });
-        true
+        let failed = ticket.repeated.then_some(self.failed);
+        lane.push(Job { sequence, write: ticket.write.clone(), floor, failed });
     }
 }
 
@@ -531,11 +575,11 @@ mod tests {
     #[test]
     fn lanes_that_fail_are_left_together_and_made_anew() {
         let (life, first) = life();
-        life.submit(write(), 8).unwrap();
+        life.submit(write(), 8, &Fetches::default()).unwrap();
         assert_eq!((first.2.load(Ordering::Relaxed), life.queued()[Path::Shm as usize]), (1, (1, 8)));
         assert_eq!(life.fail(first.0.generation).len(), 1);
         assert!(matches!(
-            life.leave(first.0.generation, "shm failed"),
+            life.leave(first.0.generation, "shm failed", &Fetches::default()),
             Moved::Repeated { lanes: 1, writes: 1 }
         ));
         assert_eq!((life.path(), life.standing().why.as_str()), (Some(Path::Tls), "shm failed"));
@@ -549,11 +593,11 @@ mod tests {
         let second = attach(&life, &[2; 32], Path::Shm).unwrap();
         assert_eq!(life.path(), Some(Path::Tls), "it carries nothing before both sides have it");
         assert_eq!(life.take_better(Path::Shm, "").unwrap().len(), 1);
-        life.submit(write(), 8).unwrap();
+        life.submit(write(), 8, &Fetches::default()).unwrap();
         assert_eq!((life.path(), second.2.load(Ordering::Relaxed)), (Some(Path::Shm), 1));
         // Word of the first failure that comes late.
         assert!(life.fail(first.0.generation).is_empty());
-        assert!(matches!(life.leave(first.0.generation, ""), Moved::Nothing));
+        assert!(matches!(life.leave(first.0.generation, "", &Fetches::default()), Moved::Nothing));
         assert_eq!(life.path(), Some(Path::Shm));
     }
 
@@ -562,7 +606,7 @@ mod tests {
     fn lanes_that_the_peer_has_left_are_not_taken() {
         let (life, first) = life();
         let _ = life.fail(first.0.generation);
-        let _ = life.leave(first.0.generation, "");
+        let _ = life.leave(first.0.generation, "", &Fetches::default());
         assert!(life.make_lanes(Generation(2), [2; 32]));
         attach(&life, &[2; 32], Path::Shm).unwrap();
         assert!(life.fail(Generation(2)).is_empty());

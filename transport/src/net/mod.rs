@@ -236,7 +236,8 @@ impl NetTransport {
         }
         let addr = workers[0].addr;
         let seed = getrandom::u64().map_err(|e| BindError::Tls(format!("no randomness: {e}")))?;
-        let shm = config.paths.contains(&Path::Shm).then(|| shm::Listener::new(local));
+        let of_one_host = [Path::CudaIpc, Path::Shm].iter().any(|path| config.paths.contains(path));
+        let shm = of_one_host.then(|| shm::Listener::new(local));
         let shm = shm.and_then(|listener| match listener {
             Ok(listener) => Some(listener),
             Err(error) => {
@@ -253,6 +254,7 @@ impl NetTransport {
             }
         });
         let node = Arc::new(Node::new(local, config, workers, shm, tls, seed)?);
+        node.fetches.start(&node).map_err(BindError::Thread)?;
         if node.tls().is_some() {
             let accepting = Arc::clone(&node);
             node.spawn("tls-accept".into(), move || tls::accept(&accepting)).map_err(BindError::Thread)?;

@@ -15,18 +15,23 @@ use crate::quic::Link;
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
 use crate::rng::Rng;
 use crate::transport::{Event, FailReason, Held, RegionId, SeverReason, SubmitError, TransportError, Write};
+use crate::twin::Fetches;
 use crate::window::Windows;
 use crate::{shm, tls};
 use quinn::Connection;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::Range;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
+#[cfg(feature = "cuda")]
+use tandem_memory::cuda::Device;
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::Window;
 use tokio::runtime::Handle;
@@ -66,6 +71,11 @@ pub(crate) struct Node {
     /// The RDMA devices of this host; none if there are none.
     #[cfg(feature = "rdma")]
     rdma: Option<Arc<Rdma>>,
+    /// The one that the first registered region with a twin is on.
+    #[cfg(feature = "cuda")]
+    gpu: OnceLock<Arc<Device>>,
+    /// Writes that wait for bytes from a GPU.
+    pub(crate) fetches: Fetches,
     /// Threads of lanes, and the one that takes them.
     threads: Mutex<Vec<JoinHandle<()>>>,
     keys: Mutex<Rng>,
@@ -202,6 +212,9 @@ impl Node {
             #[cfg(feature = "rdma")]
             rdma: rdma_devices(&config)?,
             config,
+            #[cfg(feature = "cuda")]
+            gpu: OnceLock::new(),
+            fetches: Fetches::default(),
             threads: Mutex::default(),
             keys: Mutex::new(Rng::new(seed)),
             counters: Counters::default(),
@@ -229,6 +242,7 @@ impl Node {
         for life in lives {
             self.end(&mut lock(&self.peers), &life, SeverReason::Asked);
         }
+        self.fetches.stop();
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             // A panic there has been reported by the panic hook.
             let _ = thread.join();
@@ -280,7 +294,25 @@ impl Node {
                 tracing::warn!(%error, "memory is registered with RDMA devices when it is used first");
             }
         }
+        #[cfg(feature = "cuda")]
+        if let Some(twin) = region.twin() {
+            self.gpu.get_or_init(|| Arc::clone(twin.device()));
+        }
         self.windows.register(region)
+    }
+
+    /// The GPU that lanes read and write, if memory of one is registered.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn gpu(&self) -> Option<&Arc<Device>> {
+        self.gpu.get()
+    }
+
+    fn gpu_offer(&self) -> Option<shm::GpuOffer> {
+        #[cfg(feature = "cuda")]
+        if let (Some(gpu), Some(listener)) = (self.gpu(), &self.shm) {
+            return Some(shm::GpuOffer { socket: listener.offer(), gpu: gpu.id() });
+        }
+        None
     }
 
     pub(super) fn open_window(
@@ -303,7 +335,7 @@ impl Node {
             Some(Peer { state: State::Life(life), .. }) => Arc::clone(life),
             _ => return Err(SubmitError::NotConnected { peer }),
         };
-        life.submit(write, self.config.write_limit)
+        life.submit(write, self.config.write_limit, &self.fetches)
     }
 
     pub(super) fn poll(&self, events: &mut Vec<Event>) {
@@ -438,7 +470,7 @@ impl Node {
             lane.close(reason);
         }
         let peer = life.peer;
-        match life.leave(generation, &format!("{path} failed: {reason}")) {
+        match life.leave(generation, &format!("{path} failed: {reason}"), &self.fetches) {
             Moved::Nothing => {}
             Moved::Repeated { lanes, writes } => {
                 let now = life.path().map_or("none", Path::name);
@@ -662,7 +694,13 @@ impl Node {
     ) -> Result<(Option<Path>, String), HandshakeError> {
         let wanted = |path| wanted.contains(&path);
         let (mut made, mut why_not) = (None, Vec::new());
-        if wanted(Path::Shm) {
+        if wanted(Path::CudaIpc) {
+            match self.make_cuda_ipc(life, offers).await {
+                Ok(()) => made = Some(Path::CudaIpc),
+                Err(error) => why_not.push(format!("{}: {error}", Path::CudaIpc)),
+            }
+        }
+        if made.is_none() && wanted(Path::Shm) {
             match self.make_shm(life, offers).await {
                 Ok(()) => made = Some(Path::Shm),
                 Err(error) => why_not.push(format!("{}: {error}", Path::Shm)),
@@ -821,6 +859,16 @@ impl Node {
         exchange.begun(begun).await
     }
 
+    async fn make_cuda_ipc(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers) -> Result<(), shm::Error> {
+        let offer = offers.cuda_ipc.clone().ok_or(shm::Error::NotOffered)?;
+        if self.shm.is_none() {
+            return Err(shm::Error::NotHere);
+        }
+        let (node, life, secret) = (Arc::clone(self), Arc::clone(life), offers.secret);
+        let made = tokio::task::spawn_blocking(move || shm::dial_gpu(&node, &life, &offer, &secret)).await;
+        made.map_err(|_| shm::Error::Gone)?
+    }
+
     async fn make_shm(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers) -> Result<(), shm::Error> {
         let offer = offers.shm.clone().ok_or(shm::Error::NotOffered)?;
         if self.shm.is_none() {
@@ -924,6 +972,7 @@ impl Node {
         exchange: &mut Exchange,
     ) -> Result<(), HandshakeError> {
         let wanted = |path| self.config.paths.contains(&path);
+        let cuda_ipc = self.gpu_offer().filter(|_| wanted(Path::CudaIpc));
         let shm = self.shm.as_ref().filter(|_| wanted(Path::Shm)).map(|listener| listener.offer());
         let tls = self.tls.as_ref().filter(|_| wanted(Path::Tls));
         let tls = tls.map(|listener| listener.offer(self.config.tls_connections));
@@ -932,7 +981,7 @@ impl Node {
             match blocking(move || Offered::new(&rdma)).await {
                 Ok(offered) => {
                     let rdma = Some(offered.offer());
-                    exchange.offer(&Offers { secret, shm, tls, rdma }).await?;
+                    exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma }).await?;
                     let answer = exchange.rdma_answer().await?;
                     if !answer.is_empty() {
                         let (peer, life, within) = (life.peer, Arc::clone(life), 2 * self.greeting());
@@ -947,7 +996,26 @@ impl Node {
                 Err(error) => tracing::warn!(peer = %life.peer, error, "no RDMA lane"),
             }
         }
-        exchange.offer(&Offers { secret, shm, tls, rdma: None }).await
+        exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma: None }).await
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn life(&self, peer: NodeId, number: u64) -> Option<Arc<Life>> {
+        match &lock(&self.peers).get(&peer)?.state {
+            State::Life(life) if life.number == number => Some(Arc::clone(life)),
+            _ => None,
+        }
+    }
+
+    /// A source's bytes cannot be had from its GPU, for any lane.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn source_failed(&self, life: &Life, error: &str) {
+        tracing::error!(peer = %life.peer, error, "a source cannot be read");
+        self.end(
+            &mut lock(&self.peers),
+            life,
+            SeverReason::Lost(format!("a source cannot be read: {error}")),
+        );
     }
 
     /// The life that a lane on its way belongs to, as `secret` proves, and what the lane is called there.
@@ -1225,6 +1293,8 @@ impl Node {
                 "QUIC connection ended"
             );
         }
+        // No source is read any more when its write is reported.
+        self.fetches.wait();
         for (of_all, of_peer, packets) in {
             let (sent, lost) = packets_of(&links);
             let (all, own) = (&self.counters, &life.counters);

@@ -133,9 +133,11 @@ impl Session for NetSession {
     }
 
     fn land(&self, landing: &Landing, header: &Header) -> Option<bool> {
-        let Header { len, immediate, sequence, floor, .. } = *header;
+        let Header { offset, len, immediate, sequence, floor, .. } = *header;
         let peer = self.life.peer;
-        if !landing.complete(|| self.node.report_landed_quietly(peer, immediate, len, landing.key())) {
+        if !landing.deposit(offset, len)
+            || !landing.complete(|| self.node.report_landed_quietly(peer, immediate, len, landing.key()))
+        {
             self.node.note_refused(&self.life, Path::Rdma, header);
             return Some(false);
         }

@@ -23,7 +23,7 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// Lanes that wait to be accepted, at most.
 const BACKLOG: i32 = 64;
 const MAX_NAME: usize = 64;
-const MAX_MESSAGE: usize = 64;
+const MAX_MESSAGE: usize = 128;
 
 /// How a lane can be made to a node: told over the authenticated connection.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -45,17 +45,38 @@ impl Offer {
     }
 }
 
+/// How a lane between GPUs can be made to a node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct GpuOffer {
+    pub(crate) socket: Offer,
+    /// Names the GPU that the node's memory is on.
+    pub(crate) gpu: [u8; 16],
+}
+
+impl GpuOffer {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        [&self.gpu[..], &self.socket.encode()].concat()
+    }
+
+    pub(crate) fn decode(bytes: &[u8]) -> Option<GpuOffer> {
+        let (gpu, socket) = bytes.split_first_chunk()?;
+        Some(GpuOffer { socket: Offer::decode(socket)?, gpu: *gpu })
+    }
+}
+
 /// What goes over the socket.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) enum Message {
-    /// The dialler's first; the queues' memory comes with it.
-    Join { node: NodeId, life: u64, secret: [u8; 32] },
+    /// The dialler's first; the queues' memory comes with it. For a lane between GPUs it names its own.
+    Join { node: NodeId, life: u64, secret: [u8; 32], gpu: Option<[u8; 16]> },
     /// The answer to it.
     Welcome,
     /// Memory that writes will be read from comes with it.
     Region { serial: u32, len: u64 },
     /// Something is in the queues.
     Wake,
+    /// As `Region`, of a GPU: what opens it.
+    GpuRegion { serial: u32, len: u64, handle: [u8; 64] },
 }
 
 impl Message {
@@ -65,17 +86,24 @@ impl Message {
             Message::Welcome => 2,
             Message::Region { .. } => 3,
             Message::Wake => 4,
+            Message::GpuRegion { .. } => 5,
         }];
         match self {
-            Message::Join { node, life, secret } => {
+            Message::Join { node, life, secret, gpu } => {
                 out.extend_from_slice(&VERSION.to_le_bytes());
                 out.extend_from_slice(&node.0.to_le_bytes());
                 out.extend_from_slice(&life.to_le_bytes());
                 out.extend_from_slice(secret);
+                out.extend_from_slice(gpu.as_ref().map_or(&[], |gpu| gpu));
             }
             Message::Region { serial, len } => {
                 out.extend_from_slice(&serial.to_le_bytes());
                 out.extend_from_slice(&len.to_le_bytes());
+            }
+            Message::GpuRegion { serial, len, handle } => {
+                out.extend_from_slice(&serial.to_le_bytes());
+                out.extend_from_slice(&len.to_le_bytes());
+                out.extend_from_slice(handle);
             }
             Message::Welcome | Message::Wake => {}
         }
@@ -90,17 +118,25 @@ impl Message {
                 let (version, rest) = rest.split_first_chunk()?;
                 let (node, rest) = rest.split_first_chunk()?;
                 let (life, rest) = rest.split_first_chunk()?;
-                let secret = rest.try_into().ok()?;
+                let (secret, rest) = rest.split_first_chunk()?;
+                let gpu = if rest.is_empty() { None } else { Some(rest.try_into().ok()?) };
                 (u16::from_le_bytes(*version) == VERSION).then(|| Message::Join {
                     node: NodeId(u64::from_le_bytes(*node)),
                     life: u64::from_le_bytes(*life),
-                    secret,
+                    secret: *secret,
+                    gpu,
                 })
             }
             3 => {
                 let (serial, rest) = rest.split_first_chunk()?;
                 let len = rest.try_into().ok()?;
                 Some(Message::Region { serial: u32::from_le_bytes(*serial), len: u64::from_le_bytes(len) })
+            }
+            5 => {
+                let (serial, rest) = rest.split_first_chunk()?;
+                let (len, rest) = rest.split_first_chunk()?;
+                let (serial, len) = (u32::from_le_bytes(*serial), u64::from_le_bytes(*len));
+                Some(Message::GpuRegion { serial, len, handle: rest.try_into().ok()? })
             }
             2 if rest.is_empty() => Some(Message::Welcome),
             4 if rest.is_empty() => Some(Message::Wake),
@@ -117,18 +153,24 @@ pub(super) fn fuzz(bytes: &[u8]) {
     if let Some(offer) = Offer::decode(bytes) {
         assert_eq!(offer.encode(), bytes);
     }
+    if let Some(offer) = GpuOffer::decode(bytes) {
+        assert_eq!(offer.encode(), bytes);
+    }
 }
 
 /// Of each, one to be damaged by fuzzing.
 pub(super) fn samples() -> Vec<Vec<u8>> {
     let messages = [
-        Message::Join { node: NodeId(5), life: 6, secret: [9; 32] },
+        Message::Join { node: NodeId(5), life: 6, secret: [9; 32], gpu: None },
+        Message::Join { node: NodeId(5), life: 6, secret: [9; 32], gpu: Some([8; 16]) },
+        Message::GpuRegion { serial: 3, len: 1 << 30, handle: [7; 64] },
         Message::Welcome,
         Message::Region { serial: 3, len: 1 << 30 },
         Message::Wake,
     ];
     let offer = Offer { host: [7; 16], name: b"tandem-1".to_vec() };
-    messages.iter().map(Message::encode).chain([offer.encode()]).collect()
+    let gpu = GpuOffer { socket: offer.clone(), gpu: [6; 16] };
+    messages.iter().map(Message::encode).chain([offer.encode(), gpu.encode()]).collect()
 }
 
 /// Takes lanes of other processes of this host.
@@ -321,7 +363,9 @@ mod tests {
     #[test]
     fn messages_survive_the_wire() {
         let messages = [
-            Message::Join { node: NodeId(5), life: u64::MAX, secret: [9; 32] },
+            Message::Join { node: NodeId(5), life: u64::MAX, secret: [9; 32], gpu: None },
+            Message::Join { node: NodeId(5), life: u64::MAX, secret: [9; 32], gpu: Some([8; 16]) },
+            Message::GpuRegion { serial: 3, len: 1 << 40, handle: [7; 64] },
             Message::Welcome,
             Message::Region { serial: 3, len: 1 << 40 },
             Message::Wake,

@@ -53,7 +53,7 @@ fn offer(session: &Session) -> Offer {
 }
 
 fn hello(session: &Session) -> Message {
-    Message::Join { node: HOSTILE, life: session.life, secret: session.offers.secret }
+    Message::Join { node: HOSTILE, life: session.life, secret: session.offers.secret, gpu: None }
 }
 
 /// Memory that is not what it has to be.
@@ -95,15 +95,16 @@ fn memory_that_is_not_as_it_must_be_is_refused() {
         log.expect(&["shared memory lane refused", words]);
     };
     let join = hello(&session).encode();
-    let Message::Join { node, life, secret } = hello(&session) else { unreachable!() };
+    let Message::Join { node, life, secret, gpu } = hello(&session) else { unreachable!() };
     let other = |message: Message| message.encode();
-    check(&other(Message::Join { node, life, secret: [7; 32] }), &[&right], "session was over");
-    check(&other(Message::Join { node: NodeId(3), life, secret }), &[&right], "session was over");
-    check(&other(Message::Join { node, life: life + 1, secret }), &[&right], "session was over");
+    check(&other(Message::Join { node, life, secret: [7; 32], gpu }), &[&right], "session was over");
+    check(&other(Message::Join { node: NodeId(3), life, secret, gpu }), &[&right], "session was over");
+    check(&other(Message::Join { node, life: life + 1, secret, gpu }), &[&right], "session was over");
+    check(&other(Message::Join { node, life, secret, gpu: Some([1; 16]) }), &[&right], "GPU");
     check(&join, &[], "first message is another");
     check(&join[..join.len() - 1], &[&right], "cannot be read");
     check(&[1, 9, 9], &[&right], "cannot be read");
-    check(&[0; 100], &[&right], "too long");
+    check(&[0; 200], &[&right], "too long");
     check(&other(Message::Welcome), &[&right], "first message is another");
     check(&join, &[&right, &right], "too many descriptors");
     check(&join, &[&file(SHARED_BYTES as i64, false)], "not sealed");

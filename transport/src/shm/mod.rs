@@ -5,7 +5,11 @@
 //! closed window is closed. The two share nothing that either writes but two queues of words
 //! ([`ring`]); the socket over which all of it was handed ([`handover`]) wakes whoever sleeps, and shows
 //! when the other process is gone, with which the system frees everything.
+//!
+//! Between processes whose regions have twins the same lane is called `cuda_ipc`, and copies those ([`gpu`]).
 
+#[cfg(feature = "cuda")]
+mod gpu;
 mod handover;
 #[cfg(test)]
 mod hostile;
@@ -16,20 +20,24 @@ use crate::net::header::{self, Header};
 use crate::net::lane::{Generation, Job, Lane, LaneId, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
-pub(crate) use handover::{Listener, Offer};
+use crate::window::Landing;
+#[cfg(feature = "cuda")]
+use gpu::{Gpu, Progress};
+pub(crate) use handover::{GpuOffer, Listener, Offer};
 use handover::{Message, PATIENCE, Received, Socket};
 use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::num::NonZero;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+#[cfg(feature = "cuda")]
+use tandem_memory::Extent;
 use tandem_memory::{ForeignRegion, HostRegion};
 use tandem_proto::wire::Window;
 
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 /// Bytes copied between two looks at whether the lane was closed.
 const PIECE: usize = 256 << 10;
 /// Writes of this length pass the cache by: what else is there stays, and memory is written without being read before.
@@ -43,8 +51,6 @@ const SPIN: Duration = Duration::from_micros(5);
 /// Bytes of writes under way that make their sender nap instead of sleeping: it looks by itself when the peer may have
 /// copied a quarter of them, and the peer is spared from waking it, which holds up copying.
 const NAP_FROM: u64 = 512 << 10;
-/// What a peer copies in a nanosecond while naps pay.
-const BYTES_PER_NS: u64 = 20;
 /// The longest nap: who naps is not woken, neither by answers nor by what the peer has to write.
 const MAX_NAP: Duration = Duration::from_micros(100);
 /// How often it sleeps after a nap that was too short: the peer copies slower, perhaps because other work needs the
@@ -52,6 +58,9 @@ const MAX_NAP: Duration = Duration::from_micros(100);
 const SLEEPS_AFTER_VAIN_NAP: u32 = 64;
 /// The most by which the system may prolong a nap.
 const NAP_SLACK: NonZero<u64> = NonZero::new(1000).unwrap();
+/// How long to look for the end of copies by a GPU without a pause.
+#[cfg(feature = "cuda")]
+const FLYING_SPIN: Duration = Duration::from_millis(1);
 /// How often a sleeper looks although nobody woke it.
 const SLEEP: Duration = Duration::from_secs(1);
 /// Regions that a peer's writes may come from, at most.
@@ -74,12 +83,21 @@ pub(crate) enum Error {
     NoWelcome,
     #[error("the session was over before it was made")]
     Gone,
+    #[error("{0}")]
+    Gpu(String),
     #[error("the peer broke a rule: {0}")]
     Rule(&'static str),
     #[error("{0}")]
     Memory(#[from] tandem_memory::RegionError),
     #[error("{0}")]
     System(String),
+}
+
+#[cfg(feature = "cuda")]
+impl From<tandem_memory::cuda::CudaError> for Error {
+    fn from(error: tandem_memory::cuda::CudaError) -> Error {
+        Error::Gpu(error.to_string())
+    }
 }
 
 impl From<Garbled> for Error {
@@ -110,16 +128,32 @@ pub(crate) fn samples() -> Vec<Vec<u8>> {
 
 /// Makes a lane to the peer of a life that was dialled here. Waits a second at most.
 pub(crate) fn dial(node: &Node, life: &Life, offer: &Offer, secret: &[u8; 32]) -> Result<(), Error> {
+    make(node, life, offer, secret, None)
+}
+
+/// As [`dial`], between GPUs.
+pub(crate) fn dial_gpu(node: &Node, life: &Life, offer: &GpuOffer, secret: &[u8; 32]) -> Result<(), Error> {
+    make(node, life, &offer.socket, secret, Some(offer.gpu))
+}
+
+fn make(
+    node: &Node,
+    life: &Life,
+    offer: &Offer,
+    secret: &[u8; 32],
+    gpu: Option<[u8; 16]>,
+) -> Result<(), Error> {
     let socket = Socket::connect(offer)?;
+    let way = Way::new(node, gpu)?;
     let shared = HostRegion::map(SHARED_BYTES)?;
-    let join = Message::Join { node: node.local(), life: life.number, secret: *secret };
+    let join = Message::Join { node: node.local(), life: life.number, secret: *secret, gpu: way.gpu() };
     socket.send(&join, shared.file(), true)?;
     match socket.receive(true)? {
         Received::Message(Message::Welcome, None) => {}
         _ => return Err(Error::NoWelcome),
     }
     let id = life.new_lane_id(secret).ok_or(Error::Gone)?;
-    let lane = ShmLane::new(id, socket, &shared, true);
+    let lane = ShmLane::new(id, socket, &shared, true, way);
     if life.attach_lane(lane) { Ok(()) } else { Err(Error::Gone) }
 }
 
@@ -145,17 +179,81 @@ pub(crate) fn accept(node: &Arc<Node>) {
 
 fn admit(node: &Arc<Node>, socket: Socket) -> Result<(), Error> {
     socket.be_patient()?;
-    let Received::Message(Message::Join { node: peer, life, secret }, Some(file)) = socket.receive(true)?
+    let Received::Message(Message::Join { node: peer, life, secret, gpu }, Some(file)) =
+        socket.receive(true)?
     else {
         return Err(Error::Rule("its first message is another"));
     };
     let (life, id) = node.life_of_lane(peer, life, &secret).ok_or(Error::Gone)?;
     let shared = HostRegion::of_peer(file, SHARED_BYTES)?;
-    let lane = ShmLane::new(id, socket, &shared, false);
+    let lane = ShmLane::new(id, socket, &shared, false, Way::new(node, gpu)?);
     if !life.attach_lane(Arc::clone(&lane) as Arc<dyn Lane>) {
         return Err(Error::Gone);
     }
     lane.socket.send(&Message::Welcome, None, true)
+}
+
+/// What a lane copies with.
+enum Way {
+    Processor,
+    #[cfg(feature = "cuda")]
+    Gpu(Gpu),
+}
+
+impl Way {
+    /// For a lane to the memory of this GPU, or of the host.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs are the node's"))]
+    fn new(node: &Node, peers_gpu: Option<[u8; 16]>) -> Result<Way, Error> {
+        match peers_gpu {
+            None => Ok(Way::Processor),
+            #[cfg(feature = "cuda")]
+            Some(gpu) => Gpu::new(node, gpu).map(Way::Gpu),
+            #[cfg(not(feature = "cuda"))]
+            Some(_) => Err(Error::Gpu("lanes between GPUs are not in this build (feature cuda)".into())),
+        }
+    }
+
+    fn gpu(&self) -> Option<[u8; 16]> {
+        match self {
+            Way::Processor => None,
+            #[cfg(feature = "cuda")]
+            Way::Gpu(gpu) => Some(gpu.id()),
+        }
+    }
+
+    /// What hands over memory for the peer's GPU to read; none where the host's side is handed over.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "the host's side is"))]
+    fn hand_over(&self, memory: &HostRegion, serial: u32) -> Result<Option<Message>, Error> {
+        match self {
+            Way::Processor => Ok(None),
+            #[cfg(feature = "cuda")]
+            Way::Gpu(gpu) => gpu.hand_over(memory, serial),
+        }
+    }
+
+    fn path(&self) -> Path {
+        match self {
+            Way::Processor => Path::Shm,
+            #[cfg(feature = "cuda")]
+            Way::Gpu(_) => Path::CudaIpc,
+        }
+    }
+
+    /// Bytes that a peer copies in a nanosecond while naps pay.
+    fn bytes_per_ns(&self) -> u64 {
+        match self {
+            Way::Processor => 20,
+            #[cfg(feature = "cuda")]
+            Way::Gpu(_) => 350,
+        }
+    }
+}
+
+/// Memory that a peer's writes come from.
+enum Source {
+    Host(ForeignRegion),
+    #[cfg(feature = "cuda")]
+    Gpu(Arc<tandem_memory::cuda::DeviceRegion>),
 }
 
 /// A write as it is announced.
@@ -206,6 +304,7 @@ impl Announced {
 struct ShmLane {
     id: LaneId,
     socket: Socket,
+    way: Way,
     own: Sign,
     peers: Sign,
     out: Mutex<Outgoing>,
@@ -233,7 +332,26 @@ struct Incoming {
     jobs: Consumer<JOB_WORDS>,
     answers: Producer<1>,
     acks: Consumer<1>,
-    regions: BTreeMap<u32, ForeignRegion>,
+    regions: BTreeMap<u32, Source>,
+    /// What the GPU copies.
+    #[cfg(feature = "cuda")]
+    progress: Progress,
+}
+
+impl Incoming {
+    fn take_region(
+        &mut self,
+        serial: u32,
+        len: u64,
+        source: impl FnOnce(usize) -> Result<Source, Error>,
+    ) -> Result<(), Error> {
+        if self.regions.len() >= MAX_REGIONS {
+            return Err(Error::Rule("too many regions"));
+        }
+        let len = usize::try_from(len).map_err(|_| Error::Rule("a region larger than the address space"))?;
+        self.regions.insert(serial, source(len)?);
+        Ok(())
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -242,11 +360,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl ShmLane {
-    fn new(id: LaneId, socket: Socket, shared: &Arc<HostRegion>, made_here: bool) -> Arc<ShmLane> {
+    fn new(id: LaneId, socket: Socket, shared: &Arc<HostRegion>, made_here: bool, way: Way) -> Arc<ShmLane> {
         let Ends { jobs_out, jobs_in, acks_out, acks_in, own, peers } = Ends::new(shared, made_here);
         Arc::new(ShmLane {
             id,
             socket,
+            way,
             own,
             peers,
             out: Mutex::new(Outgoing {
@@ -263,6 +382,8 @@ impl ShmLane {
                 answers: acks_out,
                 acks: acks_in,
                 regions: BTreeMap::new(),
+                #[cfg(feature = "cuda")]
+                progress: Progress::default(),
             })),
         })
     }
@@ -278,18 +399,27 @@ impl ShmLane {
         }
     }
 
-    fn run(&self, node: &Arc<Node>, life: &Arc<Life>, incoming: Incoming) {
+    fn run(self: &Arc<Self>, node: &Arc<Node>, life: &Arc<Life>, incoming: Incoming) {
         let outcome = self.serve(node, life, incoming);
         // It may have ended between a landing and telling of it.
         node.wake();
         if let Err(error) = outcome
             && !self.is_closed()
         {
-            node.lane_failed(life, self, &error.to_string());
+            node.lane_failed(life, &**self, &error.to_string());
+        }
+        #[cfg(feature = "cuda")]
+        if let Way::Gpu(gpu) = &self.way {
+            gpu.let_go();
         }
     }
 
-    fn serve(&self, node: &Arc<Node>, life: &Arc<Life>, mut incoming: Incoming) -> Result<(), Error> {
+    fn serve(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        life: &Arc<Life>,
+        mut incoming: Incoming,
+    ) -> Result<(), Error> {
         // Where it cannot be set, naps are longer.
         let _ = rustix::thread::set_current_timer_slack(Some(NAP_SLACK));
         let mut idle_since = None;
@@ -301,9 +431,13 @@ impl ShmLane {
             }
             let mut busy = settled > 0;
             busy |= self.flush()?;
+            #[cfg(feature = "cuda")]
+            {
+                busy |= self.fly(node, life, &mut incoming)?;
+            }
             let (mut peer_untold, mut node_untold) = (0, 0);
             while !self.is_closed()
-                && incoming.answers.has_room()?
+                && self.has_room(&incoming)?
                 && let Some(words) = incoming.jobs.pop()?
             {
                 busy = true;
@@ -318,18 +452,32 @@ impl ShmLane {
                     node.wake();
                 }
                 self.settle(node, life, &mut incoming)?;
+                #[cfg(feature = "cuda")]
+                self.fly(node, life, &mut incoming)?;
             }
-            self.wake_peer();
-            node.wake();
+            #[cfg(feature = "cuda")]
+            self.mark(&mut incoming)?;
             if busy {
+                self.wake_peer();
+                node.wake();
                 idle_since = None;
                 continue;
             }
             let idle = idle_since.get_or_insert_with(Instant::now).elapsed();
+            #[cfg(feature = "cuda")]
+            if incoming.progress.is_flying() {
+                // Copies take microseconds, unless others use the same link.
+                if idle < FLYING_SPIN {
+                    std::hint::spin_loop()
+                } else {
+                    self.socket.wait(MAX_NAP)
+                }
+                continue;
+            }
             let load = self.load();
             if load >= NAP_FROM && sleeps == 0 {
-                let nap = Duration::from_nanos(load / 4 / BYTES_PER_NS).min(MAX_NAP);
-                napped_for = nap.as_nanos() as u64 * BYTES_PER_NS;
+                let nap = Duration::from_nanos(load / 4 / self.way.bytes_per_ns()).min(MAX_NAP);
+                napped_for = nap.as_nanos() as u64 * self.way.bytes_per_ns();
                 self.socket.wait(nap);
                 continue;
             }
@@ -347,6 +495,15 @@ impl ShmLane {
             self.take_messages(&mut incoming)?;
         }
         Ok(())
+    }
+
+    /// Whether another write can be taken in.
+    fn has_room(&self, incoming: &Incoming) -> Result<bool, Error> {
+        #[cfg(feature = "cuda")]
+        if !incoming.progress.has_room() {
+            return Ok(false);
+        }
+        Ok(incoming.answers.has_room()?)
     }
 
     /// Takes in the peer's answers; returns by how much that eased the load.
@@ -398,11 +555,18 @@ impl ShmLane {
             Some((serial, _)) => *serial,
             None => {
                 let serial = out.given.len() as u32;
-                let Some(file) = memory.file().filter(|_| out.given.len() < MAX_REGIONS) else {
-                    return Err(Error::System("a write comes from memory that cannot be shared".into()));
+                let cannot = || Error::System("a write comes from memory that cannot be shared".into());
+                let (message, file) = match self.way.hand_over(memory, serial)? {
+                    Some(message) => (message, None),
+                    None => {
+                        let file = memory.file().ok_or_else(cannot)?;
+                        (Message::Region { serial, len: memory.len() as u64 }, Some(file))
+                    }
                 };
-                let message = Message::Region { serial, len: memory.len() as u64 };
-                self.socket.send(&message, Some(file), false)?;
+                if out.given.len() >= MAX_REGIONS {
+                    return Err(cannot());
+                }
+                self.socket.send(&message, file, false)?;
                 out.given.insert(memory.base() as usize, (serial, Arc::clone(memory)));
                 serial
             }
@@ -419,31 +583,21 @@ impl ShmLane {
                 Received::End => return Err(Error::System("the peer's end is closed".into())),
                 Received::Message(Message::Wake, None) => {}
                 Received::Message(Message::Region { serial, len }, Some(file)) => {
-                    self.take_region(incoming, serial, len, file)?;
+                    let source = |len| Ok(Source::Host(ForeignRegion::map(file, len)?));
+                    incoming.take_region(serial, len, source)?;
+                }
+                #[cfg(feature = "cuda")]
+                Received::Message(Message::GpuRegion { serial, len, handle }, None) => {
+                    incoming.take_region(serial, len, |len| self.import(&handle, len))?;
                 }
                 Received::Message(..) => return Err(Error::Rule("an unexpected message")),
             }
         }
     }
 
-    fn take_region(
-        &self,
-        incoming: &mut Incoming,
-        serial: u32,
-        len: u64,
-        file: OwnedFd,
-    ) -> Result<(), Error> {
-        if incoming.regions.len() >= MAX_REGIONS {
-            return Err(Error::Rule("too many regions"));
-        }
-        let len = usize::try_from(len).map_err(|_| Error::Rule("a region larger than the address space"))?;
-        incoming.regions.insert(serial, ForeignRegion::map(file, len)?);
-        Ok(())
-    }
-
     /// Lands a write, and answers; returns its bytes. The caller wakes those who wait for it.
     fn receive(
-        &self,
+        self: &Arc<Self>,
         node: &Arc<Node>,
         life: &Arc<Life>,
         incoming: &mut Incoming,
@@ -469,8 +623,16 @@ impl ShmLane {
                 self.take_messages(incoming)?;
             }
             let source = incoming.regions.get(&announced.region);
-            let source = source.ok_or(Error::Rule("a write from a region that was never given"))?;
-            match self.land(node, life, source, &announced)? {
+            let landed = match source.ok_or(Error::Rule("a write from a region that was never given"))? {
+                Source::Host(source) => self.land(node, life, source, &announced)?,
+                #[cfg(feature = "cuda")]
+                Source::Gpu(source) => {
+                    let source = Arc::clone(source);
+                    self.begin(node, life, incoming, &source, &announced)?;
+                    None
+                }
+            };
+            match landed {
                 Some(landed) => landed,
                 None => return Ok(0),
             }
@@ -481,7 +643,7 @@ impl ShmLane {
             return Ok(0);
         }
         if !landed {
-            node.note_refused(life, Path::Shm, &announced.header);
+            node.note_refused(life, self.path(), &announced.header);
         }
         incoming.answers.push(&[sequence << 1 | u64::from(landed)]);
         Ok(len)
@@ -495,7 +657,7 @@ impl ShmLane {
         source: &ForeignRegion,
         announced: &Announced,
     ) -> Result<Option<bool>, Error> {
-        let Header { window, offset, len, immediate, sequence, floor, .. } = announced.header;
+        let Header { window, offset, len, .. } = announced.header;
         let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
             return Ok(Some(false));
         };
@@ -518,18 +680,28 @@ impl ShmLane {
             copied.map_err(|_| Error::Rule("a write from beyond its region"))?;
             done += piece as u64;
         }
+        if !landing.deposit(offset, len) {
+            return Ok(Some(false));
+        }
         let open = lock(&self.open);
         // What was copied after the writer took its source back may be anything.
         if !*open || !self.peers.lent_until_now() {
             return Ok(None);
         }
-        if !landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, window.key)) {
-            return Ok(Some(false));
+        self.report(node, life, &landing, &announced.header).map(Some)
+    }
+
+    /// All bytes of a write are there: reports it, unless its window has been closed.
+    fn report(&self, node: &Node, life: &Life, landing: &Landing, header: &Header) -> Result<bool, Error> {
+        let Header { len, immediate, sequence, floor, .. } = *header;
+        let key = landing.key();
+        if !landing.complete(|| node.report_landed_quietly(life.peer, immediate, len, key)) {
+            return Ok(false);
         }
-        node.count_landed(life, Path::Shm, len);
+        node.count_landed(life, self.path(), len);
         life.note_landed(sequence, floor)
             .map_err(|_| Error::Rule("too many writes that are not reported"))?;
-        Ok(Some(true))
+        Ok(true)
     }
 }
 
@@ -539,7 +711,12 @@ impl Lane for ShmLane {
     }
 
     fn path(&self) -> Path {
-        Path::Shm
+        self.way.path()
+    }
+
+    #[cfg(feature = "cuda")]
+    fn reads_twin(&self, source: &Extent) -> bool {
+        matches!(&self.way, Way::Gpu(gpu) if gpu.reaches(source.region()))
     }
 
     fn push(&self, job: Job) {
@@ -583,6 +760,10 @@ impl Lane for ShmLane {
         self.closed.store(true, Ordering::Release);
         self.own.set_lends(false);
         *lock(&self.open) = false;
+        #[cfg(feature = "cuda")]
+        if let Way::Gpu(gpu) = &self.way {
+            gpu.wait();
+        }
         self.socket.close();
     }
 }

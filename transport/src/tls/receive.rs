@@ -203,6 +203,7 @@ impl Opened {
         at.lane.with_landing(|| {
             let (node, peer) = (at.node, at.life.peer);
             let landed = landing.land(offset + body, tail)
+                && landing.deposit(offset, len)
                 && landing.complete(|| node.report_landed_quietly(peer, immediate, len, window.key));
             if landed {
                 node.count_landed(at.life, Path::Tls, len);

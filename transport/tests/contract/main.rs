@@ -17,4 +17,12 @@ contract!(tls_many, crate::net::TlsMany);
 contract!(rdma_one_device, crate::net::RdmaOne);
 #[cfg(feature = "rdma")]
 contract!(rdma_two_devices, crate::net::RdmaTwo);
+#[cfg(feature = "cuda")]
+contract!(cuda_ipc, crate::net::CudaIpc);
+#[cfg(feature = "cuda")]
+contract!(cuda_shm, crate::net::ShmTwins);
+#[cfg(feature = "cuda")]
+contract!(cuda_tls, crate::net::TlsTwins);
+#[cfg(feature = "cuda")]
+contract!(cuda_quic, crate::net::QuicTwins);
 contract!(best, crate::net::Best);

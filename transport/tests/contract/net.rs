@@ -3,8 +3,12 @@
 use crate::suite::{Cluster, Setup};
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tandem_memory::HostRegion;
+#[cfg(feature = "cuda")]
+use tandem_memory::cuda::Device;
 use tandem_proto::ids::NodeId;
 use tandem_transport::{Identity, NetConfig, NetTransport, Path, Transport, Tuning};
 
@@ -18,6 +22,14 @@ pub(crate) type TlsMany = Loopback<TlsThenQuic>;
 pub(crate) type RdmaOne = Loopback<RdmaFirst<1>>;
 #[cfg(feature = "rdma")]
 pub(crate) type RdmaTwo = Loopback<RdmaFirst<2>>;
+#[cfg(feature = "cuda")]
+pub(crate) type CudaIpc = Loopback<Twins<CudaIpcAlone>>;
+#[cfg(feature = "cuda")]
+pub(crate) type ShmTwins = Loopback<Twins<ShmAlone>>;
+#[cfg(feature = "cuda")]
+pub(crate) type TlsTwins = Loopback<Twins<TlsThenQuic>>;
+#[cfg(feature = "cuda")]
+pub(crate) type QuicTwins = Loopback<Twins<QuicAlone>>;
 pub(crate) type Best = Loopback<Defaults>;
 
 pub(crate) trait Shape {
@@ -32,6 +44,14 @@ pub(crate) trait Shape {
     fn of_node(_node: usize, config: NetConfig) -> NetConfig {
         config
     }
+
+    fn missing() -> Option<String> {
+        None
+    }
+
+    fn memory(_node: usize, len: usize) -> Arc<HostRegion> {
+        HostRegion::map(len).unwrap()
+    }
 }
 
 /// Whatever path is best here.
@@ -39,6 +59,38 @@ pub(crate) struct Defaults;
 impl Shape for Defaults {
     fn config() -> NetConfig {
         NetConfig::default()
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) struct CudaIpcAlone;
+#[cfg(feature = "cuda")]
+impl Shape for CudaIpcAlone {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::CudaIpc], ..NetConfig::default() }
+    }
+}
+
+/// With memory on GPUs, those that there are by turns.
+#[cfg(feature = "cuda")]
+pub(crate) struct Twins<S>(PhantomData<S>);
+#[cfg(feature = "cuda")]
+impl<S: Shape> Shape for Twins<S> {
+    fn config() -> NetConfig {
+        S::config()
+    }
+
+    fn must_take() -> Option<Path> {
+        S::config().paths.first().copied()
+    }
+
+    fn missing() -> Option<String> {
+        Device::open(0).err().map(|error| error.to_string())
+    }
+
+    fn memory(node: usize, len: usize) -> Arc<HostRegion> {
+        let gpu = Device::open(node % Device::count().unwrap()).unwrap();
+        HostRegion::with_twin(&gpu, len).unwrap()
     }
 }
 
@@ -119,6 +171,14 @@ pub(crate) struct Loopback<S: Shape> {
 }
 
 impl<S: Shape> Cluster for Loopback<S> {
+    fn missing() -> Option<String> {
+        S::missing()
+    }
+
+    fn memory(node: usize, len: usize) -> Arc<HostRegion> {
+        S::memory(node, len)
+    }
+
     fn start(setup: Setup) -> Self {
         static CLUSTERS: AtomicU64 = AtomicU64::new(0);
         let cluster = CLUSTERS.fetch_add(1, Ordering::Relaxed);

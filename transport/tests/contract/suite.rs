@@ -20,7 +20,15 @@ pub(crate) struct Setup {
 
 /// Transports of one backend that can reach one another, and their time.
 pub(crate) trait Cluster {
+    /// What this machine lacks for it.
+    fn missing() -> Option<String> {
+        None
+    }
     fn start(setup: Setup) -> Self;
+    /// Memory for a node.
+    fn memory(_node: usize, len: usize) -> Arc<HostRegion> {
+        HostRegion::map(len).unwrap()
+    }
     fn id(&self, node: usize) -> NodeId;
     fn address(&self, node: usize) -> SocketAddr;
     fn node(&mut self, node: usize) -> &mut dyn Transport;
@@ -44,6 +52,9 @@ macro_rules! contract {
     (@tests $cluster:ty, $($test:ident),*) => {
         $(#[test]
         fn $test() {
+            if let Some(missing) = <$cluster as $crate::suite::Cluster>::missing() {
+                return println!("skipped: {missing}");
+            }
             $crate::suite::$test::<$cluster>();
         })*
     };
@@ -76,7 +87,7 @@ impl<C: Cluster> Bench<C> {
         let mut memory = Vec::new();
         let mut bells = Vec::new();
         for node in 0..nodes {
-            let region = HostRegion::map(REGION).unwrap();
+            let region = C::memory(node, REGION);
             memory.push((cluster.node(node).register(Arc::clone(&region)).unwrap(), region));
             let bell = Arc::new(Bell(AtomicUsize::new(0)));
             cluster.node(node).set_waker(Waker::from(Arc::clone(&bell)));
@@ -157,10 +168,20 @@ impl<C: Cluster> Bench<C> {
         for (i, byte) in unsafe { extent.bytes_mut() }.iter_mut().enumerate() {
             *byte = pattern(salt, i);
         }
+        #[cfg(feature = "cuda")]
+        if extent.on_device().is_some() {
+            extent.deposit().unwrap();
+            // The host's side counts for nothing.
+            // SAFETY: as above.
+            unsafe { extent.bytes_mut() }.fill(0xee);
+        }
     }
 
     fn read(&self, node: usize, range: Range<usize>) -> Vec<u8> {
         let extent = self.extent(node, range);
+        // SAFETY: as below.
+        #[cfg(feature = "cuda")]
+        unsafe { extent.fetch() }.unwrap();
         // SAFETY: the test reads what has landed, or what no open window covers.
         unsafe { extent.bytes() }.to_vec()
     }
