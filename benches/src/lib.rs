@@ -1,4 +1,7 @@
-//! What several benches say of the machine that they ran on.
+//! What several benches say of the machine that they ran on, and the KV that those of GPUs move.
+
+#[cfg(feature = "cuda")]
+pub mod kv;
 
 /// The processor's name; empty where the system has none.
 #[must_use]

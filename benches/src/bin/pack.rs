@@ -6,20 +6,17 @@
 
 use anyhow::{Context, bail, ensure};
 use clap::Parser;
-use cudarc::driver::{CudaStream, sys::CUevent_flags};
 use serde_json::json;
 use std::io::{BufRead, BufReader, Write};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::Instant;
-use tandem_kernels::cuda::{Chunk, CudaKernels, DevicePages, Place, Plan, PlanLimits, Share};
-use tandem_kernels::{Order, PagedLayout, Stored, checksum};
+use tandem_benches::kv::{CHUNK_TOKENS, Gpu, Shape, fill, parts, set};
+use tandem_kernels::cuda::{Chunk, DevicePages, Place, Share};
+use tandem_kernels::{Order, checksum};
 use tandem_memory::cuda::{Device, DeviceExtent, DeviceRegion, IpcHandle};
 use tandem_proto::ids::PageId;
-
-const CHUNK_TOKENS: u32 = 256;
 
 /// Measures pack and scatter on a GPU, and between two, beside copies.
 #[derive(Parser)]
@@ -63,109 +60,6 @@ fn main() -> anyhow::Result<()> {
         Some(ordinal) => own(&options, ordinal),
         None => measure(&options),
     }
-}
-
-/// KV of the 8B shape, in pools of twice the pages that are moved.
-struct Shape {
-    layout: PagedLayout,
-    tokens: u32,
-}
-
-impl Shape {
-    fn new(options: &Options) -> Shape {
-        let layout = PagedLayout {
-            layers: 32,
-            pages: options.tokens / 16 * 2,
-            page_tokens: 16,
-            heads: 8,
-            stored: Stored::KeysAndValues,
-            row_bytes: 256,
-            order: options.order,
-        };
-        Shape { layout, tokens: options.tokens }
-    }
-
-    fn chunks(&self) -> usize {
-        (self.tokens / CHUNK_TOKENS) as usize
-    }
-
-    fn chunk_bytes(&self) -> usize {
-        self.layout.layer_bytes(CHUNK_TOKENS) * self.layout.layers as usize
-    }
-
-    fn bytes(&self) -> usize {
-        self.chunk_bytes() * self.chunks()
-    }
-
-    /// The pages of all chunks, in an order that looks random.
-    fn pages(&self, seed: u64) -> Vec<PageId> {
-        let mut state = seed;
-        let mut pages: Vec<PageId> = (0..self.layout.pages).map(PageId).collect();
-        for i in (1..pages.len()).rev() {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-            pages.swap(i, (state >> 33) as usize % (i + 1));
-        }
-        pages.truncate((self.tokens / 16) as usize);
-        pages
-    }
-}
-
-/// One GPU with what is needed there.
-struct Gpu {
-    kernels: Arc<CudaKernels>,
-    stream: Arc<CudaStream>,
-}
-
-impl Gpu {
-    fn open(ordinal: usize) -> anyhow::Result<Gpu> {
-        let device = Device::open(ordinal)?;
-        Ok(Gpu { kernels: CudaKernels::load(&device)?, stream: device.stream()? })
-    }
-
-    /// The same GPU with a stream of its own.
-    fn beside(&self) -> anyhow::Result<Gpu> {
-        Ok(Gpu { kernels: Arc::clone(&self.kernels), stream: self.kernels.device().stream()? })
-    }
-
-    fn take(&self, len: usize) -> anyhow::Result<DeviceExtent> {
-        Ok(DeviceRegion::take(self.kernels.device(), len)?.extent(0..len)?)
-    }
-
-    fn plan(&self, shape: &Shape) -> anyhow::Result<Plan> {
-        let limits = PlanLimits {
-            chunks: shape.chunks(),
-            pages: (shape.tokens / 16) as usize,
-            layers: shape.layout.layers,
-        };
-        Ok(Plan::new(&self.kernels, &self.stream, limits)?)
-    }
-
-    /// Microseconds on the GPU.
-    fn time(&self, work: &mut dyn FnMut() -> anyhow::Result<()>) -> anyhow::Result<f64> {
-        let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-        let start = event()?;
-        work()?;
-        Ok(f64::from(start.elapsed_ms(&event()?)?) * 1e3)
-    }
-}
-
-/// Sets a plan for all chunks of `pages`, whose places are those given.
-fn set<'a>(
-    plan: &mut Plan,
-    shape: &Shape,
-    pages: &'a [PageId],
-    place: impl Fn(usize) -> Place<'a>,
-) -> anyhow::Result<()> {
-    let per_chunk = (CHUNK_TOKENS / 16) as usize;
-    let chunks: Vec<Chunk<'_>> = (pages.chunks(per_chunk).enumerate())
-        .map(|(index, pages)| Chunk { tokens: CHUNK_TOKENS, pages, place: place(index) })
-        .collect();
-    Ok(plan.set(&shape.layout, None, &chunks)?)
-}
-
-fn parts(extent: &DeviceExtent, shape: &Shape) -> anyhow::Result<Vec<DeviceExtent>> {
-    let len = shape.chunk_bytes();
-    (0..shape.chunks()).map(|i| Ok(extent.part(i * len..(i + 1) * len)?)).collect()
 }
 
 /// One figure of the table.
@@ -216,7 +110,7 @@ fn interleave(gpu: &Gpu, rounds: usize, ways: &mut [Way<'_>]) -> anyhow::Result<
 }
 
 fn measure(options: &Options) -> anyhow::Result<()> {
-    let shape = Shape::new(options);
+    let shape = Shape::new(options.tokens, options.order);
     let gpu = Gpu::open(0)?;
     println!(
         "{}; {} tokens, {} MiB in {} chunks, {:?}",
@@ -237,23 +131,6 @@ fn measure(options: &Options) -> anyhow::Result<()> {
         println!("skipped: there is no second GPU");
     }
     report(&figures, options)
-}
-
-/// Random bytes: of zeros, more would be moved in the same time.
-fn fill(gpu: &Gpu, extent: &DeviceExtent) -> anyhow::Result<()> {
-    let mut state = 1u64;
-    let mut block = Vec::with_capacity(64 << 20);
-    while block.len() < 64 << 20 {
-        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        block.extend((state ^ (state >> 29)).to_le_bytes());
-    }
-    for start in (0..extent.len()).step_by(block.len()) {
-        let end = (start + block.len()).min(extent.len());
-        // No two blocks alike.
-        block[..8].copy_from_slice(&(start as u64).to_le_bytes());
-        extent.part(start..end)?.write(&gpu.stream, &block[..end - start])?;
-    }
-    Ok(())
 }
 
 /// The checksums of all chunks, after those of pack, scatter and the CPU were seen to agree.
@@ -590,7 +467,7 @@ fn verified(
 
 /// Takes the memory that the other process writes, and checks it when told to.
 fn own(options: &Options, ordinal: usize) -> anyhow::Result<()> {
-    let shape = Shape::new(options);
+    let shape = Shape::new(options.tokens, options.order);
     let gpu = Gpu::open(ordinal)?;
     let landing = gpu.take(shape.bytes())?;
     let there = DevicePages::new(shape.layout, gpu.take(shape.layout.bytes())?)?;

@@ -3,6 +3,7 @@
 
 mod copies;
 mod device;
+mod gather;
 mod pinned;
 mod region;
 mod twin;

@@ -315,7 +315,7 @@ impl DeviceExtent {
         device.said(&format!("copy {} bytes", self.len), said)
     }
 
-    fn same_length(&self, len: usize) -> Result<(), CudaError> {
+    pub(super) fn same_length(&self, len: usize) -> Result<(), CudaError> {
         if len == self.len {
             return Ok(());
         }

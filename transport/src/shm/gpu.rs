@@ -1,6 +1,7 @@
 //! The lane between GPUs, `cuda_ipc`: as with shared memory the writer announces where its bytes lie, and the receiver
 //! copies them through its windows; here the copy engines of its GPU do, from the twin of the source to the twin of the
-//! window's region.
+//! window's region. An engine takes five microseconds for each copy beside its bytes, so small ones are gathered and
+//! made by one launch of a kernel.
 //!
 //! A copy that was started cannot be called back. So few bytes are under way at once, and who closes a window, or the
 //! lane, waits for them. CUDA has no right to read alone: a peer that was given memory could write it. It is given that
@@ -25,10 +26,12 @@ const PIECE: usize = 32 << 20;
 const MAX_FLYING: u64 = 96 << 20;
 /// Copies under way, at most.
 const MAX_FLIGHTS: usize = 512;
-/// Bytes after which the driver is asked to tell when they are there: it takes as long as starting a copy.
-const BATCH: u64 = 4 << 20;
-/// Copies that engines may make at once, so that what a small one costs beside its bytes is hidden.
-const AT_ONCE: usize = 4;
+/// What is shorter is gathered; for more than this, an engine is as fast, and takes no multiprocessor.
+const GATHER_BELOW: usize = 8 << 20;
+/// Launches that may not be over while another is made: one works while the next waits, and meanwhile more is gathered.
+const LAUNCHES: usize = 2;
+/// Copies that engines may make at once.
+const AT_ONCE: usize = 2;
 /// Bytes copied to the host without a break.
 const HOST_PIECE: usize = 4 << 20;
 /// How long to wait for the node loop before looking at what else there is.
@@ -48,11 +51,18 @@ struct Flight {
     landing: Option<Arc<Landing>>,
     /// Held until the copy is over; none of an empty write.
     copied: Option<(DeviceExtent, DeviceExtent)>,
+    /// Gathered, and not started yet.
+    is_waiting: bool,
     /// Then the write is answered.
     is_last: bool,
 }
 
 impl Flight {
+    /// Says something without bytes, at its turn. None for a refused write.
+    fn empty(header: Header, landing: Option<Arc<Landing>>) -> Flight {
+        Flight { header, landing, copied: None, is_waiting: false, is_last: true }
+    }
+
     fn bytes(&self) -> u64 {
         self.copied.as_ref().map_or(0, |(from, _)| from.len() as u64)
     }
@@ -63,8 +73,8 @@ impl Flight {
 pub(super) struct Progress {
     /// A write of which not all pieces were started.
     begun: Option<Begun>,
-    /// Flights that no mark follows yet, and their bytes.
-    unmarked: (usize, u64),
+    /// Flights that no mark follows yet.
+    unmarked: usize,
     /// Those that a mark follows.
     marked: VecDeque<(usize, Mark)>,
     flights: usize,
@@ -96,7 +106,7 @@ impl Progress {
     fn started(&mut self, bytes: u64) {
         self.flights += 1;
         self.bytes += bytes;
-        self.unmarked = (self.unmarked.0 + 1, self.unmarked.1 + bytes);
+        self.unmarked += 1;
     }
 }
 
@@ -126,9 +136,20 @@ impl Gpu {
         Ok(Some(Message::GpuRegion { serial, len: twin.len() as u64, handle: twin.export()?.0 }))
     }
 
+    /// Starts what was gathered.
+    fn start_waiting(&self) -> Result<(), Error> {
+        // Held meanwhile: who closes a window sees each of its pieces started, or sees to it that it never is.
+        let mut flights = lock(&self.flights);
+        let waiting = flights.iter_mut().filter_map(|flight| {
+            if std::mem::take(&mut flight.is_waiting) { flight.copied.clone() } else { None }
+        });
+        let copies: Vec<_> = waiting.collect();
+        Ok(self.copies.start_all(&copies)?)
+    }
+
     /// When it returns, every copy that was started is over.
     pub(super) fn wait(&self) {
-        if let Err(error) = self.copies.mark().and_then(Mark::wait) {
+        if let Err(error) = self.copies.wait() {
             tracing::error!(%error, "a GPU failed while it copied");
         }
     }
@@ -168,7 +189,7 @@ impl ShmLane {
         let place = |at: u64| Some(usize::try_from(at).ok()?..usize::try_from(at.checked_add(len)?).ok()?);
         let from = place(at).and_then(|range| source.extent(range).ok()).ok_or_else(beyond)?;
         let Some(landing) = node.windows.find(life.peer, &window, offset, len) else {
-            return self.follow(incoming, Flight { header, landing: None, copied: None, is_last: true });
+            return self.follow(incoming, Flight::empty(header, None));
         };
         // Inside the window, as that was found.
         let range = place(offset).ok_or_else(beyond)?;
@@ -176,11 +197,10 @@ impl ShmLane {
             return self.land_on_host(node, life, incoming, &header, &landing, &from);
         };
         if len == 0 {
-            let landing = Some(landing);
-            return self.follow(incoming, Flight { header, landing, copied: None, is_last: true });
+            return self.follow(incoming, Flight::empty(header, Some(landing)));
         }
         if !landing.keep(Arc::downgrade(self) as Weak<dyn Keeper>) {
-            return self.follow(incoming, Flight { header, landing: None, copied: None, is_last: true });
+            return self.follow(incoming, Flight::empty(header, None));
         }
         incoming.progress.begun = Some(Begun { header, landing, from, to: to.part(range)?, done: 0 });
         self.advance(incoming)
@@ -200,19 +220,22 @@ impl ShmLane {
                 return Ok(());
             }
             let mut started = Ok(());
+            let is_waiting = end - done < GATHER_BELOW;
             let is_open = landing.complete(|| {
-                started = gpu.copies.start(&from_piece, &to_piece);
+                if !is_waiting {
+                    started = gpu.copies.start(&from_piece, &to_piece);
+                }
                 let (landing, copied) = (Some(Arc::clone(landing)), Some((from_piece, to_piece)));
-                lock(&gpu.flights).push_back(Flight { header, landing, copied, is_last });
+                lock(&gpu.flights).push_back(Flight { header, landing, copied, is_waiting, is_last });
             });
             drop(open);
             started?;
             if !is_open {
                 // Answered after the pieces that were started: until then its source is read.
-                return self.follow(incoming, Flight { header, landing: None, copied: None, is_last: true });
+                return self.follow(incoming, Flight::empty(header, None));
             }
             incoming.progress.started((end - done) as u64);
-            if incoming.progress.unmarked.1 >= BATCH {
+            if !is_waiting || incoming.progress.unmarked >= Copies::AT_ONCE {
                 self.mark(incoming)?;
             }
             if is_last {
@@ -231,12 +254,23 @@ impl ShmLane {
         Ok(())
     }
 
-    /// Has the GPU tell when everything that was started is there.
-    pub(super) fn mark(&self, incoming: &mut Incoming) -> Result<(), Error> {
-        let (flights, _) = std::mem::take(&mut incoming.progress.unmarked);
-        if flights > 0 {
-            incoming.progress.marked.push_back((flights, self.gpu()?.copies.mark()?));
+    /// There is nothing more to gather now: has what was gathered started, unless enough is under way.
+    pub(super) fn depart(&self, incoming: &mut Incoming) -> Result<(), Error> {
+        let Progress { unmarked, marked, .. } = &incoming.progress;
+        if *unmarked > 0 && marked.len() < LAUNCHES { self.mark(incoming) } else { Ok(()) }
+    }
+
+    /// Starts what was gathered, and has the GPU tell when everything that was started is there.
+    fn mark(&self, incoming: &mut Incoming) -> Result<(), Error> {
+        let gpu = self.gpu()?;
+        let open = lock(&self.open);
+        if !*open {
+            return Ok(());
         }
+        gpu.start_waiting()?;
+        drop(open);
+        let flights = std::mem::take(&mut incoming.progress.unmarked);
+        incoming.progress.marked.push_back((flights, gpu.copies.mark()?));
         Ok(())
     }
 
@@ -260,7 +294,6 @@ impl ShmLane {
         if incoming.progress.begun.is_some() && incoming.progress.may_start() {
             any = true;
             self.advance(incoming)?;
-            self.mark(incoming)?;
         }
         Ok(any)
     }
@@ -335,7 +368,12 @@ impl ShmLane {
 impl Keeper for ShmLane {
     fn window_closed(&self, key: u64) {
         let Way::Gpu(gpu) = &self.way else { return };
-        if lock(&gpu.flights).iter().any(|flight| flight.header.window.key == key) {
+        let mut is_flying = false;
+        for flight in lock(&gpu.flights).iter_mut().filter(|flight| flight.header.window.key == key) {
+            // What waits is never started now, and refused at its turn.
+            is_flying |= !std::mem::take(&mut flight.is_waiting);
+        }
+        if is_flying {
             gpu.wait();
         }
     }

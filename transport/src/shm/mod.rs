@@ -456,7 +456,7 @@ impl ShmLane {
                 self.fly(node, life, &mut incoming)?;
             }
             #[cfg(feature = "cuda")]
-            self.mark(&mut incoming)?;
+            self.depart(&mut incoming)?;
             if busy {
                 self.wake_peer();
                 node.wake();

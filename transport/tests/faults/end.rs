@@ -61,10 +61,9 @@ impl<T: Transport> Local<T> {
     pub(crate) fn new(
         id: NodeId,
         mut transport: T,
-        region_bytes: usize,
+        memory: Arc<HostRegion>,
         holdings: impl Fn(&T) -> Holdings + 'static,
     ) -> Local<T> {
-        let memory = HostRegion::map(region_bytes).unwrap();
         let region = transport.register(Arc::clone(&memory)).unwrap();
         Local { id, transport, memory, region, holdings: Box::new(holdings) }
     }
@@ -111,6 +110,12 @@ impl<T: Transport> End for Local<T> {
         let all = self.memory.extent(0..self.memory.len()).unwrap();
         // SAFETY: the caller says that nothing is under way.
         pattern(salt, unsafe { all.bytes_mut() });
+        #[cfg(feature = "cuda")]
+        if all.on_device().is_some() {
+            all.deposit().unwrap();
+            // SAFETY: as above. The host's side counts for nothing.
+            unsafe { all.bytes_mut() }.fill(0xee);
+        }
     }
 
     fn bytes(&self) -> Vec<u8> {

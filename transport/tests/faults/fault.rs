@@ -44,6 +44,10 @@ pub(crate) trait Stage: Sized {
     /// after a record's content on the first one that is still to come.
     const OLD_OR_NEW: bool;
 
+    /// What this machine lacks for it.
+    fn missing() -> Option<String> {
+        None
+    }
     fn start(seed: u64) -> Self;
     fn end(&mut self, end: usize) -> &mut dyn End;
     /// Where the other end finds this one.
@@ -60,6 +64,9 @@ pub(crate) trait Stage: Sized {
 
 /// Plays a fault so often, or as `TANDEM_FAULTS` says, and tells how long it took to be noticed and to be over.
 pub(crate) fn play<S: Stage>(fault: Fault, rounds: usize) {
+    if let Some(missing) = S::missing() {
+        return println!("skipped: {missing}");
+    }
     static ALONE: Mutex<()> = Mutex::new(());
     // Where tests share a process, those that count what processes hold take turns.
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);

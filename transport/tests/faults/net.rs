@@ -11,9 +11,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+#[cfg(feature = "cuda")]
+use tandem_memory::cuda::Device;
 use tandem_transport::{Identity, Path};
 
 pub(crate) type Shm = Real<ShmAlone>;
+#[cfg(feature = "cuda")]
+pub(crate) type CudaIpc = Real<GpusAlone>;
 pub(crate) type Tls = Real<TlsAlone>;
 pub(crate) type Quic = Real<QuicAlone>;
 pub(crate) type Best = Real<All>;
@@ -28,6 +32,13 @@ pub(crate) trait Paths {
 pub(crate) struct ShmAlone;
 impl Paths for ShmAlone {
     const PATHS: &'static [Path] = &[Path::Shm];
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) struct GpusAlone;
+#[cfg(feature = "cuda")]
+impl Paths for GpusAlone {
+    const PATHS: &'static [Path] = &[Path::CudaIpc];
 }
 
 pub(crate) struct TlsAlone;
@@ -60,6 +71,12 @@ pub(crate) struct Real<P> {
 impl<P: Paths> Stage for Real<P> {
     const REGION: usize = REGION;
     const OLD_OR_NEW: bool = !matches!(P::PATHS[0], Path::Tls);
+
+    #[cfg(feature = "cuda")]
+    fn missing() -> Option<String> {
+        let error = Device::open(0).err().filter(|_| P::PATHS == [Path::CudaIpc]);
+        error.map(|error| error.to_string())
+    }
 
     fn start(seed: u64) -> Real<P> {
         let dir = std::env::temp_dir().join(format!("tandem-faults-{}-{seed:x}", std::process::id()));

@@ -11,6 +11,10 @@ use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use tandem_memory::HostRegion;
+#[cfg(feature = "cuda")]
+use tandem_memory::cuda::{Device, DeviceRegion};
 use tandem_proto::ids::NodeId;
 use tandem_transport::{
     Event, FailReason, Held, Identity, NetConfig, NetTransport, Path, SeverReason, SubmitError, Window,
@@ -28,7 +32,14 @@ pub(crate) struct Process {
     to: ChildStdin,
     from: BufReader<ChildStdout>,
     /// Its region, which outlives it here.
-    memory: std::fs::File,
+    memory: Memory,
+}
+
+enum Memory {
+    None,
+    Host(std::fs::File),
+    #[cfg(feature = "cuda")]
+    Gpu(Arc<DeviceRegion>),
 }
 
 impl Process {
@@ -42,12 +53,24 @@ impl Process {
             .spawn()
             .unwrap();
         let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let nothing = std::fs::File::open("/dev/null").unwrap();
-        let mut process = Process { id: NodeId(id), address: LOOPBACK, child, to, from, memory: nothing };
+        let mut process =
+            Process { id: NodeId(id), address: LOOPBACK, child, to, from, memory: Memory::None };
         let up = process.answer();
-        let (address, file) = up.split_once(' ').unwrap();
+        let (address, memory) = up.split_once(' ').unwrap();
         process.address = address.parse().unwrap();
-        process.memory = std::fs::File::open(format!("/proc/{}/fd/{file}", process.child.id())).unwrap();
+        process.memory = match memory.parse::<u32>() {
+            Ok(file) => {
+                let path = format!("/proc/{}/fd/{file}", process.child.id());
+                Memory::Host(std::fs::File::open(path).unwrap())
+            }
+            #[cfg(feature = "cuda")]
+            Err(_) => {
+                let gpu = Device::open(0).unwrap();
+                Memory::Gpu(DeviceRegion::import(&gpu, &memory.parse().unwrap(), REGION).unwrap())
+            }
+            #[cfg(not(feature = "cuda"))]
+            Err(error) => panic!("{error}: {memory}"),
+        };
         process
     }
 
@@ -138,7 +161,15 @@ impl End for Process {
 
     fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; REGION];
-        self.memory.read_exact_at(&mut bytes, 0).unwrap();
+        match &self.memory {
+            Memory::None => {}
+            Memory::Host(file) => file.read_exact_at(&mut bytes, 0).unwrap(),
+            #[cfg(feature = "cuda")]
+            Memory::Gpu(region) => {
+                let stream = region.device().stream().unwrap();
+                region.extent(0..REGION).unwrap().read(&stream, &mut bytes).unwrap();
+            }
+        }
         bytes
     }
 }
@@ -218,16 +249,36 @@ fn an_end() {
     let address = transport.local_addr();
     let holdings =
         |transport: &NetTransport| Holdings { transport: transport.held(), process: process_holdings() };
-    let mut end = Local::new(id, transport, REGION, holdings);
+    let mut end = Local::new(id, transport, memory(id, paths), holdings);
     let answer = |text: &str| {
         let mut out = std::io::stdout().lock();
         out.write_all(format!("\n{ANSWER}{text}\n").as_bytes()).unwrap();
         out.flush().unwrap();
     };
-    answer(&format!("{address} {}", end.memory.file().unwrap().as_raw_fd()));
+    answer(&format!("{address} {}", name(&end.memory)));
     for line in std::io::stdin().lines() {
         answer(&obey(&mut end, &line.unwrap()));
     }
+}
+
+/// On a GPU, those that there are by turns, if nothing else is to be tried.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "all of it is the host's"))]
+fn memory(id: NodeId, paths: &str) -> Arc<HostRegion> {
+    #[cfg(feature = "cuda")]
+    if paths == Path::CudaIpc.name() {
+        let gpu = Device::open(id.0 as usize % Device::count().unwrap()).unwrap();
+        return HostRegion::with_twin(&gpu, REGION).unwrap();
+    }
+    HostRegion::map(REGION).unwrap()
+}
+
+/// By which the process that started this one finds the memory.
+fn name(memory: &HostRegion) -> String {
+    #[cfg(feature = "cuda")]
+    if let Some(twin) = memory.twin() {
+        return twin.export().unwrap().to_string();
+    }
+    memory.file().unwrap().as_raw_fd().to_string()
 }
 
 fn obey(end: &mut Local<NetTransport>, line: &str) -> String {

@@ -4,6 +4,7 @@ use crate::end::{End, Holdings, Local};
 use crate::fault::Stage;
 use std::net::SocketAddr;
 use std::time::Duration;
+use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tandem_transport::sim::{SimConfig, SimNetwork, SimTransport};
 
@@ -16,7 +17,7 @@ pub(crate) struct Simulated {
 fn end(network: &SimNetwork, id: NodeId) -> Local<SimTransport> {
     let of = network.clone();
     let holdings = move |_: &SimTransport| Holdings { transport: of.held(id), process: [0; 3] };
-    Local::new(id, network.transport(id), Simulated::REGION, holdings)
+    Local::new(id, network.transport(id), HostRegion::map(Simulated::REGION).unwrap(), holdings)
 }
 
 impl Stage for Simulated {

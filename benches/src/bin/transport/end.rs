@@ -2,6 +2,8 @@
 //!
 //! `benches/peers/transfer.py` answers the same ones for the peers.
 
+#[cfg(feature = "cuda")]
+use crate::p2p;
 use crate::pattern::Slots;
 use crate::way::{Kind, Way};
 use crate::{aes, cma, memcpy, ours, quinn, tcp};
@@ -105,6 +107,8 @@ impl Landings {
 /// after it.
 pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyhow::Result<()> {
     let memory = match way.kind {
+        #[cfg(feature = "cuda")]
+        _ if way.is_on_gpus() => p2p::memory(way, index, region)?,
         // What applications have, and the kernel pins fastest.
         Kind::Cma => Memory { source: HostRegion::private(region)?, landing: HostRegion::private(region)? },
         _ => Memory { source: HostRegion::map(region)?, landing: HostRegion::map(region)? },
@@ -118,7 +122,7 @@ pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyho
         let answer = match question {
             "connect" => end.connect(&rest.split('\t').collect::<Vec<_>>()).map(|()| "connected".into()),
             "fill" => {
-                Slots::fill(rest.parse()?, &memory);
+                Slots::fill(rest.parse()?, &memory)?;
                 Ok("filled".into())
             }
             "run" => {
@@ -161,6 +165,10 @@ fn begin(
     let identity = || tandem_transport::Identity::load_or_create(dir);
     Ok(match way.kind {
         Kind::Memcpy => Box::new(memcpy::Memcpy(memory)),
+        #[cfg(feature = "cuda")]
+        Kind::P2p => Box::new(p2p::P2p::new(&memory)?),
+        #[cfg(not(feature = "cuda"))]
+        Kind::P2p => bail!("{way} needs a build with feature cuda"),
         Kind::Aes => Box::new(aes::Aes::new(memory)?),
         Kind::Cma => Box::new(cma::Cma::new(memory)),
         Kind::Tcp => Box::new(tcp::Tcp::new(way, memory, landings)?),

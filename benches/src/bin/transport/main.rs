@@ -14,6 +14,8 @@ mod end;
 mod measure;
 mod memcpy;
 mod ours;
+#[cfg(feature = "cuda")]
+mod p2p;
 mod pattern;
 mod plot;
 mod process;
@@ -40,6 +42,8 @@ use way::Way;
     version,
     after_help = "Ways:\n  \
     shm, rdma, tls, quic-MTU  our paths\n  \
+    cuda_ipc                  ours, between GPUs 0 and 1, or in one where there is no second (feature cuda)\n  \
+    p2p                       limit: copies between these by a copy engine, in one process\n  \
     memcpy                    limit: a copy by one core\n  \
     cma                       limit: process_vm_writev, one copy by the kernel, nobody is told\n  \
     tcp                       limit: plain TCP\n  \

@@ -130,7 +130,7 @@ fn start(way: &Way, options: &Options, setting: &Setting<'_>) -> anyhow::Result<
     let peers = options.peers.iter().copied().max().map_or(1, usize::from);
     let receivers = match way.kind {
         // The second copies for itself.
-        Kind::Memcpy if options.both_ways => 1,
+        Kind::Memcpy | Kind::P2p if options.both_ways => 1,
         _ if way.is_alone() => 0,
         _ => peers,
     };
@@ -191,7 +191,7 @@ impl Ends {
         } else {
             (Vec::new(), Vec::new())
         };
-        if way.kind == Kind::Memcpy {
+        if matches!(way.kind, Kind::Memcpy | Kind::P2p) {
             self.sender.verify(slots)?;
         }
         if !way.is_alone() {

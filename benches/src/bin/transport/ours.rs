@@ -17,7 +17,7 @@ pub(crate) fn config(path: Path, tuning: Tuning, connections: usize) -> NetConfi
     match path {
         Path::Quic => NetConfig { threads: connections, connections, ..config },
         Path::Tls => NetConfig { tls_connections: connections, ..config },
-        Path::Shm | Path::Rdma => config,
+        Path::CudaIpc | Path::Shm | Path::Rdma => config,
     }
 }
 

@@ -61,13 +61,19 @@ impl Slots {
         (0..self.extents).map(move |extent| self.extent(message, extent))
     }
 
-    pub(crate) fn fill(self, memory: &Memory) {
+    pub(crate) fn fill(self, memory: &Memory) -> anyhow::Result<()> {
         for (index, word) in words(&memory.source, self.footprint()).iter_mut().enumerate() {
             *word = value(self.seed, index);
         }
+        #[cfg(feature = "cuda")]
+        memory.source.extent(0..self.footprint())?.deposit()?;
+        Ok(())
     }
 
     pub(crate) fn verify(self, memory: &Memory) -> anyhow::Result<()> {
+        // SAFETY: as in `words`.
+        #[cfg(feature = "cuda")]
+        unsafe { memory.landing.extent(0..self.footprint())?.fetch() }?;
         for (index, word) in words(&memory.landing, self.footprint()).iter().enumerate() {
             ensure!(*word == value(self.seed, index), "wrong bytes at {}", index * 8);
         }

@@ -17,6 +17,7 @@ pub(crate) struct Way {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
     Memcpy,
+    P2p,
     Aes,
     Cma,
     Tcp,
@@ -38,7 +39,13 @@ impl Way {
 
     /// Whether it needs one process only: a limit of the machine, for any number of peers.
     pub(crate) fn is_alone(&self) -> bool {
-        matches!(self.kind, Kind::Memcpy | Kind::Aes)
+        matches!(self.kind, Kind::Memcpy | Kind::P2p | Kind::Aes)
+    }
+
+    /// Whether messages lie in the memory of GPUs.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_on_gpus(&self) -> bool {
+        matches!(self.kind, Kind::P2p | Kind::Ours { path: Path::CudaIpc, .. })
     }
 
     /// Whether the process where a message lands is told.
@@ -54,8 +61,9 @@ impl Way {
     /// The names of what bounds it, or what it is to be compared with.
     pub(crate) fn beside(&self) -> &'static [&'static str] {
         match self.kind {
-            Kind::Memcpy | Kind::Aes | Kind::Tcp => &[],
+            Kind::Memcpy | Kind::P2p | Kind::Aes | Kind::Tcp => &[],
             Kind::Cma => &["memcpy"],
+            Kind::Ours { path: Path::CudaIpc, .. } => &["p2p"],
             Kind::Ours { path: Path::Shm, .. } => &["memcpy", "cma", "nixl", "mooncake"],
             Kind::Ours { .. } => &["tcp", "aes-128-gcm", "nixl-tcp", "mooncake"],
             Kind::Quinn { .. } | Kind::Mooncake | Kind::Nixl { tcp: true } => &["tcp"],
@@ -71,6 +79,7 @@ impl FromStr for Way {
         let way = |kind, congestion, connections| Way { name: text.into(), kind, congestion, connections };
         let fixed = match text {
             "memcpy" => Some(Kind::Memcpy),
+            "p2p" => Some(Kind::P2p),
             "aes-128-gcm" => Some(Kind::Aes),
             "cma" => Some(Kind::Cma),
             "nixl" => Some(Kind::Nixl { tcp: false }),
@@ -104,7 +113,7 @@ impl FromStr for Way {
                 path: path.parse().map_err(|_| {
                     let paths = Path::ALL.map(Path::name).join(", ");
                     format!(
-                        "{text}: the ways are memcpy, aes-128-gcm, cma, tcp, quinn, nixl, nixl-tcp, mooncake and our paths {paths}"
+                        "{text}: the ways are memcpy, p2p, aes-128-gcm, cma, tcp, quinn, nixl, nixl-tcp, mooncake and our paths {paths}"
                     )
                 })?,
                 mtu: number,
