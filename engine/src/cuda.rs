@@ -53,7 +53,7 @@ impl Default for CudaOptions {
 ///
 /// Bits of a row's logits may depend on how many rows were computed with it, as they do not on the CPU: products of up to
 /// 16 rows sum in an order of their own, but those of more are cuBLASLt's, which chooses how to sum by the number of rows,
-/// and decode attention shares a sequence's keys out by how many sequences there are. The same batch gives the same bits.
+/// and decode attention shares a sequence's keys out by how many sequences there are.
 ///
 /// A decode batch of up to 256 sequences is filled up to the next of 16 sizes and recorded as a graph, so there are 16
 /// graphs at most. They name activations that every step uses, and have none of their own; when those are replaced by
