@@ -218,7 +218,9 @@ pub fn start(options: NodeOptions, role: Role, node_loop: impl NodeLoop) -> anyh
             started.serve(loaded, node_loop)
         }
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda(_) => anyhow::bail!("this build has no CUDA: build it with --features cuda, or use --device cpu"),
+        Device::Cuda(_) => {
+            anyhow::bail!("this build has no CUDA: build it with --features cuda, or use --device cpu")
+        }
     }
 }
 
