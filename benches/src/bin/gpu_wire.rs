@@ -427,7 +427,7 @@ fn list(sums: &[u64]) -> String {
 }
 
 fn prefill(options: &Options) -> anyhow::Result<()> {
-    let dir = std::env::temp_dir().join(format!("tandem-handoff-{}", std::process::id()));
+    let dir = std::env::temp_dir().join(format!("tandem-gpu-wire-{}", std::process::id()));
     Identity::load_or_create(&dir)?;
     let measured = measure(options, &dir);
     std::fs::remove_dir_all(&dir)?;
