@@ -7,23 +7,28 @@ use std::process::Command;
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=src/cuda/convert.cu");
-    println!("cargo:rerun-if-changed=src/cuda/convert.ptx");
+    println!("cargo:rerun-if-changed=src/cuda/numbers.cuh");
     println!("cargo:rerun-if-env-changed=CUDA_HOME");
     println!("cargo:rerun-if-env-changed=PATH");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
-    let image = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join("convert.image");
-    if let Some(nvcc) = nvcc() {
-        match compile(&nvcc, &image) {
-            Ok(()) => return,
-            Err(problem) => println!("cargo:warning=the checked-in PTX is used: {problem}"),
+    let nvcc = nvcc();
+    for name in ["convert", "model", "attention", "product"] {
+        let (source, ptx) = (format!("src/cuda/{name}.cu"), format!("src/cuda/{name}.ptx"));
+        println!("cargo:rerun-if-changed={source}");
+        println!("cargo:rerun-if-changed={ptx}");
+        let image =
+            PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets it")).join(name).with_extension("image");
+        match nvcc.as_ref().map(|nvcc| compile(nvcc, &source, &image)) {
+            Some(Ok(())) => continue,
+            Some(Err(problem)) => println!("cargo:warning=the checked-in PTX is used: {problem}"),
+            None => {}
         }
+        let mut ptx = std::fs::read(&ptx).unwrap_or_else(|error| panic!("{ptx} is checked in: {error}"));
+        ptx.push(0); // The driver wants text to end so.
+        std::fs::write(&image, ptx).expect("OUT_DIR can be written");
     }
-    let mut ptx = std::fs::read("src/cuda/convert.ptx").expect("src/cuda/convert.ptx is checked in");
-    ptx.push(0); // The driver wants text to end so.
-    std::fs::write(&image, ptx).expect("OUT_DIR can be written");
 }
 
 fn nvcc() -> Option<PathBuf> {
@@ -34,11 +39,11 @@ fn nvcc() -> Option<PathBuf> {
 }
 
 /// Machine code for Ampere and Hopper, and PTX for what comes after.
-fn compile(nvcc: &Path, image: &Path) -> Result<(), String> {
+fn compile(nvcc: &Path, source: &str, image: &Path) -> Result<(), String> {
     let done = Command::new(nvcc)
         .args(["-fatbin", "-O3", "-std=c++17", "-Werror", "all-warnings"])
         .args(["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a"])
-        .args(["-gencode", "arch=compute_80,code=compute_80", "src/cuda/convert.cu", "-o"])
+        .args(["-gencode", "arch=compute_80,code=compute_80", source, "-o"])
         .arg(image)
         .output()
         .map_err(|error| format!("{} does not start: {error}", nvcc.display()))?;

@@ -1,10 +1,10 @@
 //! KV on its way in: landing slots, their windows, and the messages that go with them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
-use tandem_kernels::{CpuKernels, Kernels, KvPages};
+use tandem_kernels::{Converted, Kernels, PackError, Ticket};
 use tandem_memory::{Extent, HostRegion};
-use tandem_node::{Clock, Cluster, Inbox, NodeEvent, RouterLink};
+use tandem_node::{CONVERSION_POLL_US, Clock, Cluster, Inbox, NodeEvent, RouterLink};
 use tandem_proto::handoff::{Receiver, ReceiverAction, ReceiverConfig, ReceiverStats};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
@@ -29,12 +29,15 @@ pub(crate) enum Arrival {
 
 /// Everything between the network and the pages. What concerns the page pool and the engine is left in
 /// `arrived` for the node's loop.
-pub struct Inbound {
+pub struct Inbound<K: Kernels> {
     pub(crate) clock: Clock,
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
-    kernels: CpuKernels,
+    kernels: K,
+    /// Layers that are being scattered.
+    scattering: HashMap<Ticket, (LeaseToken, LayerIdx)>,
+    next_ticket: u64,
     receiver: Receiver,
     shape: KvShape,
     landing: Arc<HostRegion>,
@@ -47,7 +50,10 @@ pub struct Inbound {
     pub(crate) arrived: VecDeque<Arrival>,
     /// It must finish now.
     pub(crate) stopped: bool,
+    /// Why no more can be scattered.
+    failed: Option<K::Error>,
     events: Vec<Event>,
+    converted: Vec<Converted>,
 }
 
 /// Landing memory taken from the system at the start. The slot freed last is used first, so more is touched only
@@ -62,7 +68,7 @@ struct Landing {
     begun: bool,
 }
 
-impl Inbound {
+impl<K: Kernels> Inbound<K> {
     /// Takes `landing_bytes` of memory, two chunks at least, and registers it with the transport.
     ///
     /// # Errors
@@ -72,12 +78,13 @@ impl Inbound {
         cluster: Box<dyn Cluster>,
         inbox: Inbox,
         mut transport: Box<dyn Transport>,
+        kernels: K,
         shape: KvShape,
         landing_bytes: usize,
-    ) -> anyhow::Result<Inbound> {
+    ) -> anyhow::Result<Inbound<K>> {
         let slot_bytes = shape.packed_bytes(shape.chunk_tokens);
         let slots = (landing_bytes / slot_bytes).clamp(2, tandem_proto::handoff::MAX_SLOTS as usize);
-        let landing = HostRegion::map(slots * slot_bytes)?;
+        let landing = kernels.memory(slots * slot_bytes)?;
         if let Err(error) = landing.extent(0..landing.len().min(WARM_BYTES))?.populate() {
             tracing::warn!(%error, "memory for landing is taken as it is used");
         }
@@ -88,7 +95,9 @@ impl Inbound {
             cluster,
             inbox,
             transport,
-            kernels: CpuKernels,
+            kernels,
+            scattering: HashMap::new(),
+            next_ticket: 0,
             receiver: Receiver::new(shape, config),
             shape,
             landing,
@@ -99,12 +108,14 @@ impl Inbound {
             router: RouterLink::default(),
             arrived: VecDeque::new(),
             stopped: false,
+            failed: None,
             events: Vec::new(),
+            converted: Vec::new(),
         })
     }
 
     /// One turn: takes in what happened, and moves what has landed to the pages.
-    pub(crate) fn turn(&mut self, kv: &mut KvPages) {
+    pub(crate) fn turn(&mut self, kv: &mut K::Pages) {
         // Completions before messages: what landed under a lease is counted before the message that ends it.
         self.poll_transport();
         while let Some(event) = self.inbox.try_next() {
@@ -115,7 +126,19 @@ impl Inbound {
         }
         self.receiver.tick(self.clock.now());
         self.router.flush(&*self.cluster);
-        self.act(kv);
+        loop {
+            self.act(kv);
+            self.take_scattered();
+            if !self.receiver.has_actions() {
+                return;
+            }
+        }
+    }
+
+    /// Why the node cannot go on, if it cannot.
+    pub(crate) fn failed(self) -> anyhow::Result<()> {
+        self.failed
+            .map_or(Ok(()), |error| Err(anyhow::Error::new(error).context("layers cannot be scattered")))
     }
 
     /// Waits for something to happen, until the deadline.
@@ -126,8 +149,10 @@ impl Inbound {
 
     /// When a turn has something to do next if nothing happens.
     pub(crate) fn next_deadline(&self) -> Option<Time> {
-        let flush = self.router.next_flush(self.clock.now());
-        self.receiver.next_timeout().into_iter().chain(flush).min()
+        let now = self.clock.now();
+        let scattering = (!self.scattering.is_empty()).then(|| now.after_us(CONVERSION_POLL_US));
+        let others = self.router.next_flush(now).into_iter().chain(scattering);
+        self.receiver.next_timeout().into_iter().chain(others).min()
     }
 
     /// The router, if it has accepted this node.
@@ -156,6 +181,16 @@ impl Inbound {
     /// Whether there is something to do for the node's loop, or for the next turn, at once.
     pub(crate) fn has_news(&self) -> bool {
         !self.arrived.is_empty() || self.receiver.has_actions()
+    }
+
+    /// Whether layers are on their way to the request's pages: then those are not free yet.
+    pub(crate) fn is_scattering(&self, request: RequestId) -> bool {
+        self.receiver.is_scattering(request)
+    }
+
+    /// Layers that are being scattered.
+    pub(crate) fn scattering(&self) -> usize {
+        self.scattering.len()
     }
 
     /// Handoffs that are not over.
@@ -257,7 +292,7 @@ impl Inbound {
         self.events = events;
     }
 
-    fn act(&mut self, kv: &mut KvPages) {
+    fn act(&mut self, kv: &mut K::Pages) {
         while let Some(action) = self.receiver.poll_action() {
             match action {
                 ReceiverAction::Reserve { request } => self.arrived.push_back(Arrival::Reserve(request)),
@@ -309,12 +344,14 @@ impl Inbound {
         self.tell(to, Handoff::Grant { request, leases });
     }
 
-    fn scatter(&mut self, token: LeaseToken, chunk: ChunkIdx, layer: LayerIdx, kv: &mut KvPages) {
+    fn scatter(&mut self, token: LeaseToken, chunk: ChunkIdx, layer: LayerIdx, kv: &mut K::Pages) {
+        let now = self.clock.now();
         let Some(landing) = self.prompts.get_mut(&token.request) else {
+            self.receiver.not_scattered(now, token, "the request is over");
             return;
         };
         if !std::mem::replace(&mut landing.begun, true) {
-            let us = self.clock.now().since_us(landing.expected);
+            let us = now.since_us(landing.expected);
             tracing::debug!(request = %token.request, %chunk, %layer, us, "first layer landed");
         }
         let tokens = self.shape.chunk_span(chunk, landing.tokens).len() as u32;
@@ -325,14 +362,30 @@ impl Inbound {
             .extent(start + layer_range.start..start + layer_range.end)
             .expect("slots lie inside the landing region");
         let pages = &landing.pages[self.shape.chunk_pages(chunk, landing.tokens)];
-        let result = self.kernels.scatter(kv, layer, pages, tokens, landed(&extent));
+        let landed = Landed { layer, tokens, extent };
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        match begin_to_scatter(&mut self.kernels, ticket, kv, pages, &landed) {
+            Ok(()) => drop(self.scattering.insert(ticket, (token, layer))),
+            Err(error) => self.receiver.not_scattered(now, token, &error.to_string()),
+        }
+    }
+
+    /// Tells the receiver what is in the pages.
+    fn take_scattered(&mut self) {
+        let mut converted = std::mem::take(&mut self.converted);
+        if let Err(error) = self.kernels.poll(&mut converted) {
+            tracing::error!(%error, "layers cannot be scattered; stopping");
+            self.failed = Some(error);
+            self.stopped = true;
+        }
         let now = self.clock.now();
-        match result {
-            Ok(digest) => self.receiver.scattered(now, token, layer, digest),
-            Err(error) => {
-                self.receiver.give_up(now, token.request, Some(RequestError::Internal(error.to_string())))
+        for Converted { ticket, checksum } in converted.drain(..) {
+            if let Some((token, layer)) = self.scattering.remove(&ticket) {
+                self.receiver.scattered(now, token, layer, checksum);
             }
         }
+        self.converted = converted;
     }
 
     fn tell(&mut self, to: NodeId, handoff: Handoff) {
@@ -344,10 +397,22 @@ impl Inbound {
     }
 }
 
-/// The bytes of a layer that has landed.
+/// A layer of a chunk that has landed.
+struct Landed {
+    layer: LayerIdx,
+    tokens: u32,
+    extent: Extent,
+}
+
 #[allow(unsafe_code)]
-fn landed(extent: &Extent) -> &[u8] {
-    // SAFETY: the write has landed, and under one lease each layer is written once: the sender counts its
-    // pushes, and the slot gets no other lease before this one is over.
-    unsafe { extent.bytes() }
+fn begin_to_scatter<K: Kernels>(
+    kernels: &mut K,
+    ticket: Ticket,
+    kv: &mut K::Pages,
+    pages: &[PageId],
+    landed: &Landed,
+) -> Result<(), PackError> {
+    // SAFETY: the write has landed, and under one lease each layer is written once: the sender counts its pushes, and
+    // the slot gets no other lease before this one is over and its layers were scattered.
+    unsafe { kernels.scatter(ticket, kv, landed.layer, pages, landed.tokens, &landed.extent) }
 }

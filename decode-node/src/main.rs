@@ -2,7 +2,9 @@
 
 use clap::Parser;
 use decode_node::{Inbound, Limits, Node};
-use tandem_node::{NodeOptions, Parts, start};
+use tandem_engine::Engine;
+use tandem_kernels::{Kernels, Paged};
+use tandem_node::{NodeLoop, NodeOptions, Parts, start};
 use tandem_process::units;
 use tandem_proto::wire::Role;
 
@@ -29,12 +31,25 @@ struct Config {
 
 fn main() -> anyhow::Result<()> {
     let config = tandem_process::parse::<Config>("TANDEM_DECODE");
-    let (max_requests, landing) = (config.max_requests, config.landing_memory);
-    let max_batch = usize::from(config.max_batch);
-    start(config.node, Role::Decode, move |parts| {
-        let Parts { clock, cluster, inbox, transport, engine, kv, board } = parts;
-        let inbound = Inbound::new(clock, cluster, inbox, transport, *kv.shape(), landing)?;
-        Node::new(engine, kv, inbound, Limits { max_requests, max_batch }).showing(board).run();
-        Ok(())
-    })
+    let Config { node, landing_memory, max_batch, max_requests } = config;
+    let limits = Limits { max_requests, max_batch: usize::from(max_batch) };
+    start(node, Role::Decode, Decode { landing_memory, limits })
+}
+
+struct Decode {
+    landing_memory: usize,
+    limits: Limits,
+}
+
+impl NodeLoop for Decode {
+    fn packed_memory(&self) -> usize {
+        self.landing_memory
+    }
+
+    fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
+        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board } = parts;
+        let (shape, landing) = (*kv.shape(), self.landing_memory);
+        let inbound = Inbound::new(clock, cluster, inbox, transport, kernels, shape, landing)?;
+        Node::new(engine, kv, inbound, self.limits).showing(board).run()
+    }
 }

@@ -5,7 +5,7 @@ use crate::inbound::{Arrival, Inbound};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tandem_engine::{Engine, Sequence};
-use tandem_kernels::KvPages;
+use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, Next, Shown};
 use tandem_proto::ids::{ChoiceIdx, NodeId, PageId, RequestId, Time};
@@ -20,15 +20,17 @@ pub struct Limits {
 }
 
 /// A decode node.
-pub struct Node {
-    engine: Box<dyn Engine>,
-    kv: KvPages,
+pub struct Node<E: Engine, K: Kernels<Pages = E::Pages>> {
+    engine: E,
+    kv: E::Pages,
     pool: PagePool,
-    inbound: Inbound,
+    inbound: Inbound<K>,
     limits: Limits,
     requests: BTreeMap<RequestId, Request>,
     /// Requests whose KV was offered and that wait for pages, first come first served.
     waiting: VecDeque<RequestId>,
+    /// Pages of requests that are over, and to which layers are still being scattered.
+    parked: Vec<(RequestId, Vec<PageId>)>,
     /// Requests that were cancelled before they came: cancels travel in a lane of their own.
     cancelled_early: VecDeque<RequestId>,
     /// Where the next step begins, when not all completions fit one.
@@ -66,10 +68,10 @@ impl Request {
     }
 }
 
-impl Node {
+impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     /// A node with an empty pool.
     #[must_use]
-    pub fn new(engine: Box<dyn Engine>, kv: KvPages, inbound: Inbound, limits: Limits) -> Node {
+    pub fn new(engine: E, kv: E::Pages, inbound: Inbound<K>, limits: Limits) -> Node<E, K> {
         let pool = PagePool::new(kv.pages());
         Node {
             engine,
@@ -79,6 +81,7 @@ impl Node {
             limits,
             requests: BTreeMap::new(),
             waiting: VecDeque::new(),
+            parked: Vec::new(),
             cancelled_early: VecDeque::new(),
             turn: 0,
             told: Load::default(),
@@ -88,18 +91,21 @@ impl Node {
 
     /// Shows its state there.
     #[must_use]
-    pub fn showing(mut self, board: Arc<Board>) -> Node {
+    pub fn showing(mut self, board: Arc<Board>) -> Node<E, K> {
         self.board = board;
         self
     }
 
     /// Runs until it is stopped, or drained and idle.
-    pub fn run(mut self) {
+    ///
+    /// # Errors
+    /// When its device failed.
+    pub fn run(mut self) -> anyhow::Result<()> {
         loop {
             match self.turn() {
                 Next::Again => {}
                 Next::Wait(until) => self.inbound.wait(until),
-                Next::Finished => return,
+                Next::Finished => return self.inbound.failed(),
             }
         }
     }
@@ -111,6 +117,7 @@ impl Node {
         if self.inbound.stopped {
             return Next::Finished;
         }
+        self.release_parked();
         self.reserve();
         self.end_late();
         self.tell_load();
@@ -150,10 +157,10 @@ impl Node {
         }
     }
 
-    /// Handoffs that are not over, and windows that are open.
+    /// Handoffs that are not over; windows that are open, and layers that are being scattered.
     #[must_use]
     pub fn under_way(&self) -> (usize, usize) {
-        (self.inbound.open_handoffs(), self.inbound.open_windows())
+        (self.inbound.open_handoffs(), self.inbound.open_windows() + self.inbound.scattering())
     }
 
     fn take_arrivals(&mut self) {
@@ -281,8 +288,13 @@ impl Node {
             let mut pages = request.pages[..whole].to_vec();
             let mine = whole + choice * own;
             pages.extend_from_slice(&request.pages[mine..mine + own]);
-            if half_filled && choice > 0 {
-                self.kv.copy_page(request.pages[whole], pages[whole]).expect("both pages are of this pool");
+            if half_filled
+                && choice > 0
+                && let Err(error) = self.kv.copy_page(request.pages[whole], pages[whole])
+            {
+                self.free(id);
+                self.fail(id, RequestError::Internal(error.to_string()));
+                return;
             }
             let choice = ChoiceIdx(choice as u32);
             match Completion::start(choice, prompt, generation, max_tokens, pages, first) {
@@ -399,7 +411,15 @@ impl Node {
 
     fn free(&mut self, id: RequestId) {
         if let Some(request) = self.requests.remove(&id) {
-            self.pool.release(&request.pages);
+            self.parked.push((id, request.pages));
+            self.release_parked();
+        }
+    }
+
+    /// Gives back pages to which nothing is scattered any more.
+    fn release_parked(&mut self) {
+        for (_, pages) in self.parked.extract_if(.., |(id, _)| !self.inbound.is_scattering(*id)) {
+            self.pool.release(&pages);
         }
     }
 

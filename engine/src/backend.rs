@@ -27,7 +27,7 @@ pub struct HeadNorms<'a, V> {
 /// Operations on activations, each a whole row at a time. The model calls them in order; an implementation
 /// may queue them, and must only be done when [`Backend::read`] or a layer's callback needs the result.
 ///
-/// Bits of a row must not depend on the other rows of the call.
+/// Bits of a row must not depend on the other rows of the call, where an engine promises that of its logits.
 pub trait Backend {
     /// A weight, in the form that products want.
     type Matrix;
@@ -53,6 +53,9 @@ pub trait Backend {
     /// Takes the frequencies of half a head; cosines and sines are multiplied by `scale`.
     fn rope(&mut self, frequencies: Vec<f32>, scale: f32) -> Self::Rope;
 
+    /// What the operations until the next call are about. Where not all rows go on to the end, `chosen` are the sequences
+    /// whose last ones do. For backends whose memory is not the host's.
+    fn begin(&mut self, _tokens: &[TokenId], _spans: &[Span<'_>], _chosen: &[usize]) {}
     /// The embeddings of tokens.
     fn embed(&mut self, table: &Self::Table, tokens: &[TokenId], out: &mut Self::Rows);
     /// The embeddings of tokens, where the output matrix is the table.
@@ -61,6 +64,10 @@ pub trait Backend {
     fn rms_norm(&mut self, x: &Self::Rows, weight: &Self::Vector, eps: f32, out: &mut Self::Rows);
     /// A product with bias; see [`Epilogue`].
     fn linear(&mut self, x: &Self::Rows, weight: &Self::Matrix, epilogue: Epilogue, out: &mut Self::Rows);
+    /// The last product, whose numbers are read.
+    fn logits(&mut self, x: &Self::Rows, output: &Self::Matrix, out: &mut Self::Rows) {
+        self.linear(x, output, Epilogue::Store, out);
+    }
     /// Normalises (where asked) and turns queries and keys in place, and writes keys and values to pages.
     #[allow(clippy::too_many_arguments)] // One fused operation; each argument is a different thing.
     fn turn_and_store(

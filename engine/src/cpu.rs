@@ -2,14 +2,14 @@
 
 use crate::backend::{Backend, Epilogue, HeadNorms, Heads, Span, Weight};
 use crate::config::Config;
-use crate::fingerprint::fingerprint;
-use crate::model::{Model, Step};
+use crate::model::Model;
+use crate::step::{Step, check};
 use crate::weights::{Tensor, Weights};
-use crate::{Engine, EngineError, Isa, LoadError, Logits, MAX_STEP_TOKENS, ModelInfo, Sequence};
+use crate::{Engine, EngineError, Isa, LoadError, LoadFormat, Logits, ModelInfo, Progress, Sequence};
 use std::path::Path;
 use tandem_kernels::KvPages;
 use tandem_kernels::cpu::{self, Cpu, Matrix, MatrixPart, RopeTable, Rows, read_f32};
-use tandem_proto::ids::{LayerIdx, PageId, TokenId};
+use tandem_proto::ids::{LayerIdx, TokenId};
 use tandem_proto::layout::{KvDtype, KvShape};
 
 /// How a model is loaded.
@@ -27,6 +27,8 @@ pub struct LoadOptions {
     pub threads: usize,
     /// The instruction set; the best one by default.
     pub isa: Isa,
+    /// Where weights come from.
+    pub format: LoadFormat,
 }
 
 impl Default for LoadOptions {
@@ -37,6 +39,7 @@ impl Default for LoadOptions {
             chunk_tokens: 256,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             isa: Isa::detect(),
+            format: LoadFormat::Files,
         }
     }
 }
@@ -66,24 +69,14 @@ impl CpuEngine {
             dtype: options.kv_dtype,
         };
         kv.validate().map_err(|e| LoadError::field("KV shape", format_args!("{kv:?}"), e))?;
-        let weights = Weights::open(dir)?;
+        let weights = match options.format {
+            LoadFormat::Files => Weights::open(dir)?,
+            LoadFormat::Dummy => Weights::dummies_in_memory(&config),
+        };
         let mut backend = CpuBackend { cpu: Cpu::with_isa(options.isa, options.threads) };
         let model = Model::load(&mut backend, &config, &weights)?;
         weights.refuse_unused(&config.architecture)?;
-        let name =
-            dir.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-        let info = ModelInfo {
-            name: name.unwrap_or_else(|| "model".to_owned()),
-            vocab_size: config.vocab_size as u32,
-            max_positions: config.max_positions,
-            kv,
-            fingerprint: fingerprint(&config, &weights, options.kv_dtype),
-            eos: special.eos,
-            bos: special.bos,
-            parameters: weights.count(|_| true),
-            layer_parameters: weights.count(|name| name.starts_with("model.layers.")),
-            architecture: config.architecture,
-        };
+        let info = ModelInfo::of(dir, config, special, &weights, kv);
         tracing::info!(
             model = info.name,
             architecture = info.architecture,
@@ -96,47 +89,11 @@ impl CpuEngine {
         );
         Ok(CpuEngine { backend, model, info })
     }
-
-    fn check(&self, batch: &[Sequence<'_>], kv: &KvPages) -> Result<(), EngineError> {
-        let ModelInfo { vocab_size, max_positions, kv: shape, .. } = self.info;
-        if *kv.shape() != shape {
-            return Err(EngineError::WrongPages);
-        }
-        let tokens = batch.iter().map(|s| s.tokens.len()).sum();
-        if tokens > MAX_STEP_TOKENS {
-            return Err(EngineError::StepTooLarge { tokens });
-        }
-        let mut written: Vec<PageId> = Vec::new();
-        for (sequence, s) in batch.iter().enumerate() {
-            if s.tokens.is_empty() {
-                return Err(EngineError::NoTokens { sequence });
-            }
-            if let Some(token) = s.tokens.iter().find(|t| t.0 >= vocab_size) {
-                return Err(EngineError::NoSuchToken { sequence, token: *token, vocab_size });
-            }
-            let end = u64::from(s.start) + s.tokens.len() as u64;
-            if end > u64::from(max_positions) {
-                return Err(EngineError::TooLong { sequence, end, max_positions });
-            }
-            let end = end as u32;
-            let needed = shape.pages(end);
-            let Some(pages) = s.pages.get(..needed as usize) else {
-                return Err(EngineError::PageTable { sequence, pages: s.pages.len(), needed, end });
-            };
-            if let Some(page) = pages.iter().find(|p| p.0 >= kv.pages()) {
-                return Err(EngineError::NoSuchPage { sequence, page: *page, pages: kv.pages() });
-            }
-            written.extend_from_slice(&pages[(s.start / shape.page_tokens) as usize..]);
-        }
-        written.sort_unstable();
-        match written.windows(2).find(|pair| pair[0] == pair[1]) {
-            Some(pair) => Err(EngineError::PageShared { page: pair[0] }),
-            None => Ok(()),
-        }
-    }
 }
 
 impl Engine for CpuEngine {
+    type Pages = KvPages;
+
     fn info(&self) -> &ModelInfo {
         &self.info
     }
@@ -145,25 +102,17 @@ impl Engine for CpuEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut KvPages,
-        layer_done: &mut dyn FnMut(LayerIdx, &KvPages),
+        progress: &mut dyn FnMut(Progress, &KvPages),
     ) -> Result<Logits, EngineError> {
-        self.check(batch, kv)?;
-        let mut tokens = Vec::new();
-        let mut spans = Vec::with_capacity(batch.len());
-        let mut wanted = Vec::new();
-        for (index, s) in batch.iter().enumerate() {
-            spans.push(Span { row: tokens.len(), tokens: s.tokens.len(), start: s.start, pages: s.pages });
-            tokens.extend_from_slice(s.tokens);
-            if s.logits {
-                wanted.push(index);
-            }
-        }
-        let step = Step { tokens: &tokens, spans: &spans, wanted: &wanted };
+        check(&self.info, batch, kv)?;
+        let step = Step::of(batch);
         let data = match batch {
             [] => Vec::new(),
-            _ => self.model.step(&mut self.backend, &step, kv, layer_done),
+            _ => self
+                .model
+                .step(&mut self.backend, &step, kv, &mut |layer, kv| progress(Progress::Layer(layer), kv)),
         };
-        Ok(Logits { data, vocab_size: self.info.vocab_size as usize })
+        Ok(Logits::new(data, self.info.vocab_size as usize))
     }
 }
 
@@ -180,10 +129,10 @@ struct Table {
 
 fn part(weight: Weight<'_>) -> MatrixPart<'_> {
     MatrixPart {
-        data: weight.matrix.data,
+        data: weight.matrix.bytes(),
         dtype: weight.matrix.dtype,
         outputs: weight.matrix.rows,
-        bias: weight.bias.map(|bias| (bias.data, bias.dtype)),
+        bias: weight.bias.map(|bias| (bias.bytes(), bias.dtype)),
     }
 }
 
@@ -205,11 +154,11 @@ impl Backend for CpuBackend {
     }
 
     fn vector(&mut self, tensor: Tensor<'_>) -> Vec<f32> {
-        (0..tensor.rows).map(|i| read_f32(tensor.dtype, tensor.data, i)).collect()
+        (0..tensor.rows).map(|i| read_f32(tensor.dtype, tensor.bytes(), i)).collect()
     }
 
     fn table(&mut self, tensor: Tensor<'_>, width: usize) -> Table {
-        Table { data: tensor.data.to_vec(), dtype: tensor.dtype, width }
+        Table { data: tensor.bytes().to_vec(), dtype: tensor.dtype, width }
     }
 
     fn rope(&mut self, frequencies: Vec<f32>, scale: f32) -> RopeTable {

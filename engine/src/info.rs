@@ -1,5 +1,9 @@
 //! What callers know of a loaded model.
 
+use crate::config::{Config, SpecialTokens};
+use crate::fingerprint::fingerprint;
+use crate::weights::Weights;
+use std::path::Path;
 use tandem_proto::ids::TokenId;
 use tandem_proto::keys::Fingerprint;
 use tandem_proto::layout::KvShape;
@@ -27,4 +31,30 @@ pub struct ModelInfo {
     pub parameters: u64,
     /// Those of them that every token goes through: all but the embedding and the output matrix.
     pub layer_parameters: u64,
+}
+
+impl ModelInfo {
+    /// Of the model in folder `dir`, once its weights were asked for.
+    pub(crate) fn of(
+        dir: &Path,
+        config: Config,
+        special: SpecialTokens,
+        weights: &Weights,
+        kv: KvShape,
+    ) -> ModelInfo {
+        let name =
+            dir.canonicalize().ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+        ModelInfo {
+            name: name.unwrap_or_else(|| "model".to_owned()),
+            vocab_size: config.vocab_size as u32,
+            max_positions: config.max_positions,
+            kv,
+            fingerprint: fingerprint(&config, weights, kv.dtype),
+            eos: special.eos,
+            bos: special.bos,
+            parameters: weights.count(|_| true),
+            layer_parameters: weights.count(|name| name.starts_with("model.layers.")),
+            architecture: config.architecture,
+        }
+    }
 }

@@ -2,18 +2,21 @@
 //! owns.
 //!
 //! - [`Engine`]: one forward step over new tokens of several sequences. [`CpuEngine`] is the one that runs
-//!   everywhere.
+//!   everywhere; `CudaEngine`, with feature `cuda`, runs on NVIDIA GPUs.
 //! - [`ModelInfo`]: what a caller needs to know of the loaded model, its fingerprint included.
 //! - [`sampling`]: from logits to a token, the same on whichever node it happens.
 //! - [`single`]: a whole generation in one process, as a reference.
 //!
-//! A row's logits depend on its own sequence alone: batching, chunking, threads and the instruction set
-//! change no bit of them. An engine never allocates a page and never decides what runs next.
+//! On the CPU a row's logits depend on its own sequence alone: batching, chunking, threads and the instruction set
+//! change no bit of them. On a GPU they depend on it up to rounding: cuBLASLt sums in an order that it chooses by the
+//! number of rows. An engine never allocates a page and never decides what runs next.
 #![deny(unsafe_code)]
 
 pub mod backend;
 mod config;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod fingerprint;
 mod info;
 mod load;
@@ -22,14 +25,17 @@ mod model;
 mod rope;
 pub mod sampling;
 pub mod single;
+mod step;
 mod weights;
 
 pub use cpu::{CpuEngine, LoadOptions};
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaEngine, CudaOptions};
 pub use info::ModelInfo;
-pub use load::LoadError;
+pub use load::{LoadError, LoadFormat};
 pub use tandem_kernels::cpu::Isa;
 
-use tandem_kernels::KvPages;
+use tandem_kernels::Paged;
 use tandem_proto::ids::{LayerIdx, PageId, TokenId};
 
 /// The most new tokens of one step: activations are allocated for all of them at once.
@@ -37,23 +43,35 @@ pub const MAX_STEP_TOKENS: usize = 1 << 14;
 
 /// A loaded model.
 pub trait Engine: Send {
+    /// The paged KV that it reads and writes.
+    type Pages: Paged;
+
     /// What it is.
     fn info(&self) -> &ModelInfo;
 
-    /// Computes new tokens of several sequences, prefill and decode mixed. As soon as the keys and values
-    /// of one layer lie in the pages for all of `batch`, `layer_done` is called with that layer.
+    /// Computes new tokens of several sequences, prefill and decode mixed, and calls `progress` meanwhile.
     ///
     /// The pages must hold the sequences' earlier tokens. Two sequences may share pages, but not pages that
     /// this step writes.
     ///
     /// # Errors
-    /// When `batch` does not fit the model or the pages; no page is then touched.
+    /// When `batch` does not fit the model or the pages; no page is then touched. When the device fails.
     fn step(
         &mut self,
         batch: &[Sequence<'_>],
-        kv: &mut KvPages,
-        layer_done: &mut dyn FnMut(LayerIdx, &KvPages),
+        kv: &mut Self::Pages,
+        progress: &mut dyn FnMut(Progress, &Self::Pages),
     ) -> Result<Logits, EngineError>;
+}
+
+/// What an engine tells while it computes a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Progress {
+    /// The keys and values of this layer lie in the pages, for the whole batch. An engine that computes on a GPU says so
+    /// when that work is queued: whoever reads the pages orders itself after it.
+    Layer(LayerIdx),
+    /// It waits for a GPU. Told over and over until the step is computed, so that its thread can do something else.
+    Waiting,
 }
 
 /// The new tokens of one sequence.
@@ -70,10 +88,22 @@ pub struct Sequence<'a> {
 }
 
 /// Logits of the sequences that asked for them, in their order.
-#[derive(Clone, PartialEq, Debug)]
 pub struct Logits {
-    data: Vec<f32>,
+    data: Data,
     vocab_size: usize,
+}
+
+enum Data {
+    Owned(Vec<f32>),
+    /// Where a GPU has copied them to. Large copies of them would cost as much as the step.
+    #[cfg(feature = "cuda")]
+    Fetched(tandem_kernels::cuda::Fetched),
+}
+
+impl std::fmt::Debug for Logits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.rows()).finish()
+    }
 }
 
 impl Logits {
@@ -83,18 +113,37 @@ impl Logits {
     /// When `data` does not consist of whole rows.
     #[must_use]
     pub fn new(data: Vec<f32>, vocab_size: usize) -> Logits {
-        assert!(vocab_size > 0 && data.len().is_multiple_of(vocab_size), "rows of logits are whole");
-        Logits { data, vocab_size }
+        Logits::of(Data::Owned(data), vocab_size)
+    }
+
+    fn of(data: Data, vocab_size: usize) -> Logits {
+        let logits = Logits { data, vocab_size };
+        let whole = vocab_size > 0 && logits.data().len().is_multiple_of(vocab_size);
+        assert!(whole, "rows of logits are whole");
+        logits
+    }
+
+    fn data(&self) -> &[f32] {
+        match &self.data {
+            Data::Owned(data) => data,
+            #[cfg(feature = "cuda")]
+            Data::Fetched(data) => data.numbers(),
+        }
     }
 
     /// One row for each sequence that asked.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
-        self.data.chunks_exact(self.vocab_size)
+        self.data().chunks_exact(self.vocab_size)
     }
 
     /// The rows, to be changed by sampling.
     pub fn rows_mut(&mut self) -> impl ExactSizeIterator<Item = &mut [f32]> {
-        self.data.chunks_exact_mut(self.vocab_size)
+        let data = match &mut self.data {
+            Data::Owned(data) => data,
+            #[cfg(feature = "cuda")]
+            Data::Fetched(data) => data.numbers_mut(),
+        };
+        data.chunks_exact_mut(self.vocab_size)
     }
 }
 
@@ -160,6 +209,12 @@ pub enum EngineError {
     PageShared {
         /// The page.
         page: PageId,
+    },
+    /// The GPU failed.
+    #[error("the GPU failed: {problem}")]
+    Gpu {
+        /// What it was to do, and what it said.
+        problem: String,
     },
     /// The pool was made for another model.
     #[error("the pages have another shape than the model's KV")]

@@ -6,6 +6,16 @@ use std::path::{Path, PathBuf};
 /// The largest JSON file that is read: indices of the largest models have a few megabytes.
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
+/// Where weights come from.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum LoadFormat {
+    /// The files of the model's folder.
+    #[default]
+    Files,
+    /// Nowhere: they are made up, in the shapes that `config.json` says. For measuring speed.
+    Dummy,
+}
+
 /// Why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -86,6 +96,10 @@ pub enum LoadError {
         /// How it is stored.
         dtype: String,
     },
+    /// The GPU cannot hold it or compute it.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] tandem_kernels::cuda::ComputeError),
 }
 
 impl LoadError {

@@ -4,8 +4,12 @@
 use crate::backend::{Backend, Epilogue, HeadNorms, Heads, Span, Weight};
 use crate::config::Config;
 use crate::load::LoadError;
+use crate::step::Step;
 use crate::weights::Weights;
-use tandem_proto::ids::{LayerIdx, TokenId};
+use tandem_proto::ids::LayerIdx;
+
+/// The tensor of the embedding table.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// A model's weights and the activations that its steps reuse.
 pub(crate) struct Model<B: Backend> {
@@ -48,20 +52,10 @@ struct Scratch<R> {
     logits: R,
 }
 
-/// What a step computes.
-pub(crate) struct Step<'a> {
-    /// New tokens of all sequences, one sequence after the other.
-    pub(crate) tokens: &'a [TokenId],
-    /// The sequences.
-    pub(crate) spans: &'a [Span<'a>],
-    /// Which sequences want the logits of their last token.
-    pub(crate) wanted: &'a [usize],
-}
-
 impl<B: Backend> Model<B> {
     pub(crate) fn load(backend: &mut B, config: &Config, weights: &Weights) -> Result<Model<B>, LoadError> {
         let Config { hidden, head_dim, vocab_size, .. } = *config;
-        let table = weights.tensor("model.embed_tokens.weight", &[vocab_size, hidden])?;
+        let table = weights.tensor(EMBEDDING, &[vocab_size, hidden])?;
         let (embedding, output) = if config.tied {
             (Embedding::Tied, table)
         } else {
@@ -91,11 +85,30 @@ impl<B: Backend> Model<B> {
         pages: &mut B::Pages,
         layer_done: &mut dyn FnMut(LayerIdx, &B::Pages),
     ) -> Vec<f32> {
+        backend.begin(&step.tokens, &step.spans, step.chosen());
+        self.forward(backend, step, pages, layer_done);
+        if step.wanted.is_empty() { Vec::new() } else { backend.read(&self.scratch.logits) }
+    }
+
+    /// Where [`Model::forward`] leaves the wanted logits.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn logits(&self) -> &B::Rows {
+        &self.scratch.logits
+    }
+
+    /// Computes a step that the backend has begun.
+    pub(crate) fn forward(
+        &mut self,
+        backend: &mut B,
+        step: &Step<'_>,
+        pages: &mut B::Pages,
+        layer_done: &mut dyn FnMut(LayerIdx, &B::Pages),
+    ) {
         let Model { embedding, layers, norm, output, rope, eps, scratch } = self;
         let eps = *eps;
         match embedding {
-            Embedding::Tied => backend.embed_tied(output, step.tokens, &mut scratch.hidden),
-            Embedding::Table(table) => backend.embed(table, step.tokens, &mut scratch.hidden),
+            Embedding::Tied => backend.embed_tied(output, &step.tokens, &mut scratch.hidden),
+            Embedding::Table(table) => backend.embed(table, &step.tokens, &mut scratch.hidden),
         }
         let last = layers.len() - 1;
         for (index, layer) in layers.iter().enumerate() {
@@ -103,10 +116,10 @@ impl<B: Backend> Model<B> {
             backend.rms_norm(&scratch.hidden, &layer.attention_norm, eps, &mut scratch.normed);
             backend.linear(&scratch.normed, &layer.qkv, Epilogue::Store, &mut scratch.qkv);
             let norms = layer.head_norms.as_ref().map(|(query, key)| HeadNorms { query, key, eps });
-            backend.turn_and_store(&layer.heads, rope, norms, id, step.spans, &mut scratch.qkv, pages);
+            backend.turn_and_store(&layer.heads, rope, norms, id, &step.spans, &mut scratch.qkv, pages);
             layer_done(id, pages);
-            if index < last {
-                backend.attention(&layer.heads, id, step.spans, &scratch.qkv, pages, &mut scratch.attended);
+            if index < last || (!step.wanted.is_empty() && step.chosen().is_empty()) {
+                backend.attention(&layer.heads, id, &step.spans, &scratch.qkv, pages, &mut scratch.attended);
                 layer.after_attention(backend, eps, scratch);
             } else if !step.wanted.is_empty() {
                 // Nothing reads the other rows any more.
@@ -115,12 +128,10 @@ impl<B: Backend> Model<B> {
                 layer.after_attention(backend, eps, scratch);
             }
         }
-        if step.wanted.is_empty() {
-            return Vec::new();
+        if !step.wanted.is_empty() {
+            backend.rms_norm(&scratch.hidden, norm, eps, &mut scratch.normed);
+            backend.logits(&scratch.normed, output, &mut scratch.logits);
         }
-        backend.rms_norm(&scratch.hidden, norm, eps, &mut scratch.normed);
-        backend.linear(&scratch.normed, output, Epilogue::Store, &mut scratch.logits);
-        backend.read(&scratch.logits)
     }
 }
 
@@ -129,7 +140,7 @@ impl<R> Scratch<R> {
     fn narrow<'a, B: Backend<Rows = R>>(&mut self, backend: &mut B, step: &Step<'a>) -> Vec<Span<'a>> {
         let mut rows = Vec::with_capacity(step.wanted.len());
         let mut spans = Vec::with_capacity(step.wanted.len());
-        for sequence in step.wanted {
+        for sequence in &step.wanted {
             let span = step.spans[*sequence];
             let last = span.tokens - 1;
             spans.push(Span {

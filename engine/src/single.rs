@@ -3,7 +3,7 @@
 use crate::sampling::{Sampler, SamplingError};
 use crate::{Engine, EngineError, Sequence};
 use std::collections::VecDeque;
-use tandem_kernels::{KvPages, PagesError};
+use tandem_kernels::Paged;
 use tandem_proto::ids::{ChoiceIdx, PageId, TokenId};
 use tandem_proto::wire::{Finish, Sampled, SamplingParams};
 
@@ -34,9 +34,6 @@ pub struct GenResult {
 /// Why a generation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SingleError {
-    /// No pages to be had.
-    #[error(transparent)]
-    Pages(#[from] PagesError),
     /// The engine refused a step.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -60,9 +57,9 @@ pub enum SingleError {
 }
 
 /// An engine with pages of its own.
-pub struct SingleProcess<E> {
+pub struct SingleProcess<E: Engine> {
     engine: E,
-    kv: KvPages,
+    kv: E::Pages,
     free: Vec<PageId>,
     /// New tokens of one step, at most.
     step_tokens: usize,
@@ -80,15 +77,11 @@ struct Running {
 }
 
 impl<E: Engine> SingleProcess<E> {
-    /// Gives `engine` a pool of `pages` pages and steps of up to `step_tokens` tokens.
-    ///
-    /// # Errors
-    /// When the system has no such memory.
-    pub fn new(engine: E, pages: u32, step_tokens: usize) -> Result<SingleProcess<E>, SingleError> {
-        let kv = KvPages::new(engine.info().kv, pages)?;
+    /// Gives `engine` the pages of `kv`, and steps of up to `step_tokens` tokens.
+    pub fn new(engine: E, kv: E::Pages, step_tokens: usize) -> SingleProcess<E> {
         // Handed out from the end: so pages are not simply in order.
-        let free = (0..pages).map(PageId).collect();
-        Ok(SingleProcess { engine, kv, free, step_tokens: step_tokens.max(1) })
+        let free = (0..kv.pages()).map(PageId).collect();
+        SingleProcess { engine, kv, free, step_tokens: step_tokens.max(1) }
     }
 
     /// The engine.

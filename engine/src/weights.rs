@@ -1,5 +1,6 @@
 //! Tensors of safetensors files, one or sharded.
 
+use crate::config::Config;
 use crate::load::{LoadError, read_json};
 use crate::mapping::map;
 use memmap2::Mmap;
@@ -18,20 +19,35 @@ const LENGTH_BYTES: usize = 8;
 /// A tensor as it lies in a file.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor<'a> {
-    /// The numbers, little endian.
-    pub data: &'a [u8],
+    /// The numbers, little endian; none where the backend makes them up.
+    pub data: Option<&'a [u8]>,
+    /// How many.
+    pub count: usize,
     /// How they are stored.
     pub dtype: Dtype,
     /// Its first dimension.
     pub rows: usize,
 }
 
+impl<'a> Tensor<'a> {
+    /// The numbers, for backends that make none up.
+    ///
+    /// # Panics
+    /// When there are none.
+    #[must_use]
+    pub fn bytes(&self) -> &'a [u8] {
+        self.data.expect("weights are in memory")
+    }
+}
+
 /// All tensors of a model.
 pub(crate) struct Weights {
     files: Vec<Mmap>,
     tensors: BTreeMap<String, Place>,
-    /// Names that were asked for.
-    used: RefCell<BTreeSet<String>>,
+    /// Names that were asked for, and how many numbers they have.
+    used: RefCell<BTreeMap<String, u64>>,
+    /// Whether every tensor is made up; if in memory, all begin with these numbers.
+    dummies: Option<Vec<u8>>,
 }
 
 struct Place {
@@ -42,9 +58,32 @@ struct Place {
 }
 
 impl Weights {
+    fn none() -> Weights {
+        Weights { files: Vec::new(), tensors: BTreeMap::new(), used: RefCell::default(), dummies: None }
+    }
+
+    /// Weights that whoever takes them makes up, in bfloat16.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn dummies() -> Weights {
+        Weights { dummies: Some(Vec::new()), ..Weights::none() }
+    }
+
+    /// Made up weights in memory, in bfloat16: evenly spread over ±0.02, as wide as trained ones are.
+    pub(crate) fn dummies_in_memory(config: &Config) -> Weights {
+        let widest = config.vocab_size.max(config.intermediate).max(config.heads * config.head_dim);
+        let mut state = 1u64;
+        let number = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            let x = ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.02;
+            ((x.to_bits() >> 16) as u16).to_le_bytes()
+        };
+        let numbers = std::iter::repeat_with(number).take(widest * config.hidden).flatten().collect();
+        Weights { dummies: Some(numbers), ..Weights::none() }
+    }
+
     /// Opens the weights in `dir`.
     pub(crate) fn open(dir: &Path) -> Result<Weights, LoadError> {
-        let mut weights = Weights { files: Vec::new(), tensors: BTreeMap::new(), used: RefCell::default() };
+        let mut weights = Weights::none();
         for path in shards(dir)? {
             weights.add(&path)?;
         }
@@ -73,6 +112,11 @@ impl Weights {
 
     /// The tensor called `name`, which must have `shape`.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, LoadError> {
+        let (count, rows) = (shape.iter().product(), shape.first().copied().unwrap_or(1));
+        if let Some(numbers) = &self.dummies {
+            self.used.borrow_mut().insert(name.to_owned(), count as u64);
+            return Ok(Tensor { data: numbers.get(..count * 2), count, dtype: Dtype::Bf16, rows });
+        }
         let place =
             self.tensors.get(name).ok_or_else(|| LoadError::MissingTensor { name: name.to_owned() })?;
         let dtype = match place.dtype {
@@ -92,15 +136,15 @@ impl Weights {
                 expected: shape.to_vec(),
             });
         }
-        self.used.borrow_mut().insert(name.to_owned());
-        Ok(Tensor { data, dtype, rows: shape.first().copied().unwrap_or(1) })
+        self.used.borrow_mut().insert(name.to_owned(), count as u64);
+        Ok(Tensor { data: Some(data), count, dtype, rows })
     }
 
     /// Refuses tensors that nobody asked for, besides those known to do nothing.
     pub(crate) fn refuse_unused(&self, architecture: &str) -> Result<(), LoadError> {
         let used = self.used.borrow();
         let harmless = |name: &str| name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight";
-        match self.tensors.keys().find(|name| !used.contains(*name) && !harmless(name)) {
+        match self.tensors.keys().find(|name| !used.contains_key(*name) && !harmless(name)) {
             Some(name) => {
                 Err(LoadError::UnknownTensor { name: name.clone(), architecture: architecture.to_owned() })
             }
@@ -110,14 +154,13 @@ impl Weights {
 
     /// Numbers of the tensors that were asked for and whose name is `wanted`.
     pub(crate) fn count(&self, wanted: impl Fn(&str) -> bool) -> u64 {
-        let used = self.used().filter(|(name, ..)| wanted(name));
-        used.map(|(_, _, shape, _)| shape.iter().product::<usize>() as u64).sum()
+        self.used.borrow().iter().filter(|(name, _)| wanted(name)).map(|(_, count)| count).sum()
     }
 
-    /// Every tensor that was asked for, by name: name, how it is stored, shape, bytes.
+    /// Every tensor of the files that was asked for, by name: name, how it is stored, shape, bytes.
     pub(crate) fn used(&self) -> impl Iterator<Item = (&str, Stored, &[usize], &[u8])> {
         let used = self.used.borrow().clone();
-        self.tensors.iter().filter(move |(name, _)| used.contains(*name)).map(|(name, place)| {
+        self.tensors.iter().filter(move |(name, _)| used.contains_key(*name)).map(|(name, place)| {
             let data = &self.files[place.file][place.range.clone()];
             (name.as_str(), place.dtype, place.shape.as_slice(), data)
         })

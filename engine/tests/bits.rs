@@ -4,7 +4,7 @@
 mod models;
 
 use std::path::PathBuf;
-use tandem_engine::{CpuEngine, Engine, Isa, LoadOptions, Sequence};
+use tandem_engine::{CpuEngine, Engine, Isa, LoadOptions, Progress, Sequence};
 use tandem_kernels::{KvPages, pack_layer, scatter_layer};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, PageId, TokenId};
 use tandem_proto::layout::KvDtype;
@@ -106,8 +106,8 @@ fn company_changes_nothing() {
         })
         .collect();
     let mut layers = Vec::new();
-    let logits = engine.step(&batch, &mut kv, &mut |layer, _| layers.push(layer)).unwrap();
-    assert_eq!(layers, (0..shape.layers).map(LayerIdx).collect::<Vec<_>>());
+    let logits = engine.step(&batch, &mut kv, &mut |progress, _| layers.push(progress)).unwrap();
+    assert_eq!(layers, (0..shape.layers).map(|layer| Progress::Layer(LayerIdx(layer))).collect::<Vec<_>>());
     for (index, (row, alone)) in logits.rows().zip(&alone).enumerate() {
         assert!(bits(row) == *alone, "sequence {index}");
     }
@@ -129,7 +129,8 @@ fn a_handoff_changes_nothing() {
     let len = prefix.len() as u32;
     let sequence = Sequence { tokens: prefix, start: 0, pages: &from, logits: false };
     let mut sent = Vec::new();
-    let mut pack = |layer: LayerIdx, kv: &KvPages| {
+    let mut pack = |progress, kv: &KvPages| {
+        let Progress::Layer(layer) = progress else { unreachable!("a CPU waits for nothing") };
         for chunk in (0..shape.chunks(len)).map(ChunkIdx) {
             let span = shape.chunk_span(chunk, len);
             let mut packed = vec![0; (span.end - span.start) as usize * shape.layer_token_bytes()];

@@ -6,6 +6,7 @@ mod models;
 
 use tandem_engine::Engine;
 use tandem_engine::single::{GenRequest, SingleProcess};
+use tandem_kernels::KvPages;
 use tandem_proto::ids::{ChoiceIdx, TokenId};
 use tandem_proto::wire::SamplingParams;
 
@@ -55,7 +56,8 @@ fn check(dir: &std::path::Path) {
             stop_tokens: Vec::new(),
         })
         .collect();
-    let results = SingleProcess::new(engine, 40, 32).unwrap().generate(&requests).unwrap();
+    let kv = KvPages::new(engine.info().kv, 40).unwrap();
+    let results = SingleProcess::new(engine, kv, 32).generate(&requests).unwrap();
     for (case, result) in cases.iter().zip(results) {
         let got: Vec<TokenId> = result.tokens.iter().map(|s| s.token).collect();
         assert_eq!(got, models::tokens(&case["greedy_ids"]), "{name}");

@@ -4,6 +4,7 @@ mod models;
 
 use tandem_engine::Engine;
 use tandem_engine::single::{GenRequest, SingleProcess};
+use tandem_kernels::KvPages;
 use tandem_proto::ids::{ChoiceIdx, TokenId};
 use tandem_proto::wire::SamplingParams;
 
@@ -26,7 +27,8 @@ fn check(name: &str) {
     println!("{name}: logits differ by {worst:.2e} at most");
 
     let eos = engine.info().eos.clone();
-    let mut single = SingleProcess::new(engine, 1000, 256).unwrap();
+    let kv = KvPages::new(engine.info().kv, 1000).unwrap();
+    let mut single = SingleProcess::new(engine, kv, 256);
     let requests: Vec<GenRequest> = cases
         .iter()
         .map(|case| GenRequest {

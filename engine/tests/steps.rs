@@ -75,7 +75,8 @@ fn request(prompt: Vec<TokenId>, max_tokens: u32) -> GenRequest {
 #[test]
 fn requests_wait_for_pages() {
     let engine = models::load(&models::find("tiny").expect("models/tiny"));
-    let mut single = SingleProcess::new(engine, 20, 64).unwrap();
+    let kv = KvPages::new(engine.info().kv, 20).unwrap();
+    let mut single = SingleProcess::new(engine, kv, 64);
     let requests: Vec<GenRequest> = (1..20u32)
         .map(|i| request((0..i * 7).map(|t| TokenId(6 + t * i % 900)).collect(), 5 + i % 13))
         .collect();

@@ -60,6 +60,13 @@ impl Input<'_> {
     }
 }
 
+/// What the nodes have begun for them.
+#[derive(Default)]
+struct UnderWay {
+    pushes: Vec<Push>,
+    scatters: Vec<(LeaseToken, LayerIdx)>,
+}
+
 /// One sender and one receiver under any order of events and any messages, also ones that no peer would send.
 /// Neither panics, every slot comes back, and nothing is left once every deadline has passed and the peers are
 /// severed.
@@ -68,12 +75,13 @@ pub fn handoff(input: &[u8]) {
     let mut sender = Sender::new(SHAPE, SenderConfig::default());
     let mut receiver = Receiver::new(SHAPE, ReceiverConfig { slots: 3, ..ReceiverConfig::default() });
     let mut now = Time(1);
-    let mut pushes: Vec<Push> = Vec::new();
+    let mut under_way = UnderWay::default();
     let mut begun: BTreeMap<RequestId, (u32, u32)> = BTreeMap::new();
     while let Some(what) = input.next() {
         let request = input.request();
+        let UnderWay { pushes, scatters } = &mut under_way;
         let deadline = now.after_us(50_000);
-        match what % 14 {
+        match what % 15 {
             0 if !begun.contains_key(&request) => {
                 let tokens = input.small(12) + 1;
                 begun.insert(request, (tokens, 0));
@@ -114,33 +122,43 @@ pub fn handoff(input: &[u8]) {
                 sender.peer_lost(now, DECODE, "fuzz");
                 receiver.peer_lost(now, PREFILL, "fuzz");
             }
+            14 if !scatters.is_empty() => {
+                let (token, layer) = scatters.swap_remove(input.small(scatters.len() as u32) as usize);
+                match input.small(8) {
+                    0 => receiver.not_scattered(now, token, "fuzz"),
+                    _ => receiver.scattered(now, token, layer, 1),
+                }
+            }
             _ => {}
         }
-        settle(&mut sender, &mut receiver, now, &mut pushes, input.small(4) != 0);
+        settle(&mut sender, &mut receiver, now, &mut under_way, input.small(4) != 0);
     }
     for _ in 0..4 {
         now = now.after_us(60_000_000);
         sender.tick(now);
         receiver.tick(now);
-        settle(&mut sender, &mut receiver, now, &mut pushes, true);
+        settle(&mut sender, &mut receiver, now, &mut under_way, true);
     }
     sender.severed(DECODE);
     receiver.severed(PREFILL);
-    settle(&mut sender, &mut receiver, now, &mut pushes, true);
+    for (token, layer) in std::mem::take(&mut under_way.scatters) {
+        receiver.scattered(now, token, layer, 1);
+    }
+    settle(&mut sender, &mut receiver, now, &mut under_way, true);
     assert_eq!(sender.open_requests(), 0, "the sender holds a request for ever");
     assert_eq!(receiver.open_requests(), 0, "the receiver holds a request for ever");
     assert_eq!(receiver.free_slots(), receiver.slots(), "a slot is lost");
 }
 
 /// Carries out what both want, delivering messages or losing them.
-fn settle(sender: &mut Sender, receiver: &mut Receiver, now: Time, pushes: &mut Vec<Push>, deliver: bool) {
+fn settle(sender: &mut Sender, receiver: &mut Receiver, now: Time, under_way: &mut UnderWay, deliver: bool) {
     // Bounded: an endless conversation would be a bug.
     for _ in 0..1000 {
         if let Some(action) = sender.poll_action() {
             match action {
                 SenderAction::Send { message, .. } if deliver => receiver.message(now, PREFILL, message),
                 SenderAction::Sever { peer } => {
-                    for push in pushes.drain(..) {
+                    for push in under_way.pushes.drain(..) {
                         sender.not_sent(now, push.request, "severed");
                     }
                     sender.severed(peer);
@@ -151,6 +169,13 @@ fn settle(sender: &mut Sender, receiver: &mut Receiver, now: Time, pushes: &mut 
             match action {
                 ReceiverAction::Send { message, .. } if deliver => sender.message(now, DECODE, message),
                 ReceiverAction::Grant { request, leases, .. } if deliver => {
+                    for (_, granted) in &leases {
+                        let is_read = |(token, _): &(LeaseToken, _)| token.slot == granted.slot;
+                        assert!(
+                            !under_way.scatters.iter().any(is_read),
+                            "a slot was granted while it is read"
+                        );
+                    }
                     let leases = leases
                         .into_iter()
                         .map(|(chunk, token)| Lease {
@@ -161,7 +186,7 @@ fn settle(sender: &mut Sender, receiver: &mut Receiver, now: Time, pushes: &mut 
                         .collect();
                     sender.message(now, DECODE, Handoff::Grant { request, leases });
                 }
-                ReceiverAction::Scatter { token, layer, .. } => receiver.scattered(now, token, layer, 1),
+                ReceiverAction::Scatter { token, layer, .. } => under_way.scatters.push((token, layer)),
                 ReceiverAction::Reserve { request } => receiver.reserved(request),
                 ReceiverAction::Sever { peer } => receiver.severed(peer),
                 _ => {}

@@ -1,28 +1,50 @@
 //! What every implementation of [`Kernels`] must do, as a test that any backend can run.
 
-use crate::{Kernels, PackError, checksum};
+use crate::{Converted, CpuKernels, Kernels, KvPages, PackError, Ticket, checksum};
+use std::time::{Duration, Instant};
+use tandem_memory::Extent;
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::{KvDtype, KvShape};
 
-/// How the contract sees the pages of an implementation.
-pub trait PagesUnderTest {
-    /// Makes a pool.
-    fn create(shape: KvShape, pages: u32) -> Self;
+/// How the contract sees an implementation's pages.
+pub trait UnderTest: Kernels {
+    /// Makes a pool of zeros.
+    fn pool(&self, shape: KvShape, pages: u32) -> Self::Pages;
     /// Reads all rows of one head's keys or values in a page.
-    fn read(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8>;
+    fn read(&self, kv: &Self::Pages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8>;
     /// Writes all rows of one head's keys or values in a page.
-    fn write(&mut self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool, rows: &[u8]);
+    fn write(
+        &self,
+        kv: &mut Self::Pages,
+        layer: LayerIdx,
+        page: PageId,
+        kv_head: u32,
+        value: bool,
+        rows: &[u8],
+    );
+    /// Reads an extent of its memory that nobody uses.
+    fn packed(&self, extent: &Extent) -> Vec<u8>;
+    /// Writes an extent of its memory that nobody uses.
+    fn fill(&self, extent: &Extent, bytes: &[u8]);
 }
 
-impl PagesUnderTest for crate::KvPages {
-    fn create(shape: KvShape, pages: u32) -> Self {
-        crate::KvPages::new(shape, pages).expect("a small pool")
+impl UnderTest for CpuKernels {
+    fn pool(&self, shape: KvShape, pages: u32) -> KvPages {
+        KvPages::new(shape, pages).expect("a small pool")
     }
-    fn read(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8> {
-        self.head(layer, page, kv_head, value).to_vec()
+    fn read(&self, kv: &KvPages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8> {
+        kv.head(layer, page, kv_head, value).to_vec()
     }
-    fn write(&mut self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool, rows: &[u8]) {
-        self.head_mut(layer, page, kv_head, value).copy_from_slice(rows);
+    fn write(&self, kv: &mut KvPages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool, rows: &[u8]) {
+        kv.head_mut(layer, page, kv_head, value).copy_from_slice(rows);
+    }
+    fn packed(&self, extent: &Extent) -> Vec<u8> {
+        // SAFETY: the contract has the extent to itself, and waits for what it began.
+        unsafe { extent.bytes() }.to_vec()
+    }
+    fn fill(&self, extent: &Extent, bytes: &[u8]) {
+        // SAFETY: as above.
+        unsafe { extent.bytes_mut() }.copy_from_slice(bytes);
     }
 }
 
@@ -30,16 +52,31 @@ impl PagesUnderTest for crate::KvPages {
 ///
 /// # Panics
 /// When the implementation breaks it; the message names seed and round.
-pub fn check<K: Kernels>(kernels: &K, seed: u64, rounds: u32)
-where
-    K::Pages: PagesUnderTest,
-{
+pub fn check<K: UnderTest>(kernels: &mut K, seed: u64, rounds: u32) {
     let mut random = Random(seed);
     for round in 0..rounds {
         let shape = random_shape(&mut random);
         let case = format!("seed {seed}, round {round}, {shape:?}");
         check_shape(kernels, shape, &mut random, &case);
     }
+}
+
+/// Waits until everything is over. What was begun is told once, and nothing else is.
+fn finish<K: Kernels>(kernels: &mut K, begun: usize, case: &str) -> Vec<u64> {
+    let mut sums = vec![None; begun];
+    let until = Instant::now() + Duration::from_secs(20);
+    let mut done = Vec::new();
+    while kernels.under_way() > 0 {
+        assert!(Instant::now() < until, "{case}: not over in 20 s");
+        kernels.poll(&mut done).expect(case);
+        for Converted { ticket, checksum } in done.drain(..) {
+            let told = sums[ticket.0 as usize].replace(checksum);
+            assert_eq!(told, None, "{case}: {ticket:?} was told twice");
+        }
+    }
+    kernels.poll(&mut done).expect(case);
+    assert_eq!(done, [], "{case}: told what was not begun");
+    sums.into_iter().map(|sum| sum.expect(case)).collect()
 }
 
 fn random_shape(random: &mut Random) -> KvShape {
@@ -54,50 +91,75 @@ fn random_shape(random: &mut Random) -> KvShape {
     }
 }
 
-/// Random bytes through random pages, and every refusal, for one shape.
-fn check_shape<K: Kernels>(kernels: &K, shape: KvShape, random: &mut Random, case: &str)
-where
-    K::Pages: PagesUnderTest,
-{
+/// Random bytes through random pages, several layers at once, and every refusal, for one shape.
+fn check_shape<K: UnderTest>(kernels: &mut K, shape: KvShape, random: &mut Random, case: &str) {
     let pool = shape.chunk_tokens / shape.page_tokens * 2 + 1;
-    let mut source = K::Pages::create(shape, pool);
-    let mut target = K::Pages::create(shape, pool);
+    let mut source = kernels.pool(shape, pool);
+    let mut target = kernels.pool(shape, pool);
     let head_bytes = shape.page_tokens as usize * shape.row_bytes();
     for layer in 0..shape.layers {
         for page in 0..pool {
             for part in 0..2 * shape.kv_heads {
                 let rows = random.bytes(head_bytes);
-                source.write(LayerIdx(layer), PageId(page), part / 2, part % 2 == 1, &rows);
+                kernels.write(&mut source, LayerIdx(layer), PageId(page), part / 2, part % 2 == 1, &rows);
             }
         }
     }
     let tokens = 1 + random.below(shape.chunk_tokens);
     let needed = shape.pages(tokens) as usize;
     let (from, to) = (random.pages(pool, needed), random.pages(pool, needed));
-    for layer in (0..shape.layers).map(LayerIdx) {
-        let mut packed = vec![0; tokens as usize * shape.layer_token_bytes()];
-        let sent = kernels.pack(&source, layer, &from, tokens, &mut packed).expect(case);
-        assert_eq!(sent, checksum(&packed), "{case}: pack's checksum");
-        let received = kernels.scatter(&mut target, layer, &to, tokens, &packed).expect(case);
-        assert_eq!(received, sent, "{case}: scatter's checksum");
+    let len = tokens as usize * shape.layer_token_bytes();
+    let memory = kernels.memory(len * shape.layers as usize).expect(case);
+    let layers = || (0..shape.layers).map(LayerIdx);
+    let extent = |layer: LayerIdx| {
+        memory.extent(layer.0 as usize * len..(layer.0 as usize + 1) * len).expect("in the memory")
+    };
+    for layer in layers() {
+        // SAFETY: nobody uses the memory before all is over.
+        unsafe {
+            kernels.pack(Ticket(layer.0.into()), &source, layer, &from, tokens, &extent(layer)).expect(case);
+        }
+    }
+    let sent = finish(kernels, shape.layers as usize, case);
+    for layer in layers() {
+        // SAFETY: as above.
+        unsafe {
+            kernels
+                .scatter(Ticket(layer.0.into()), &mut target, layer, &to, tokens, &extent(layer))
+                .expect(case);
+        }
+    }
+    let received = finish(kernels, shape.layers as usize, case);
+    assert_eq!(received, sent, "{case}: the checksums of scatter and of pack");
+    for layer in layers() {
+        let packed = kernels.packed(&extent(layer));
+        assert_eq!(sent[layer.0 as usize], checksum(&packed), "{case}: pack's checksum");
         for part in 0..2 * shape.kv_heads {
             let (head, value) = (part / 2, part % 2 == 1);
             let at = shape.packed_head_offset(head as usize, value, tokens);
             for token in 0..tokens as usize {
                 let (page, row) = (token / shape.page_tokens as usize, token % shape.page_tokens as usize);
                 let row = row * shape.row_bytes()..(row + 1) * shape.row_bytes();
-                let want = &source.read(layer, from[page], head, value)[row.clone()];
+                let want = &kernels.read(&source, layer, from[page], head, value)[row.clone()];
                 assert_eq!(&packed[at + token * want.len()..][..want.len()], want, "{case}: packed row");
-                assert_eq!(&target.read(layer, to[page], head, value)[row], want, "{case}: scattered row");
+                let landed = &kernels.read(&target, layer, to[page], head, value)[row];
+                assert_eq!(landed, want, "{case}: scattered row");
             }
         }
     }
-    check_untouched(&target, &shape, &to, tokens, case);
+    check_untouched(kernels, &target, &shape, &to, tokens, case);
     check_refusals(kernels, &mut target, shape, tokens, &to, case);
 }
 
 /// What no token was scattered to still holds the zeros it began with.
-fn check_untouched<P: PagesUnderTest>(pages: &P, shape: &KvShape, used: &[PageId], tokens: u32, case: &str) {
+fn check_untouched<K: UnderTest>(
+    kernels: &K,
+    pages: &K::Pages,
+    shape: &KvShape,
+    used: &[PageId],
+    tokens: u32,
+    case: &str,
+) {
     let pool = shape.chunk_tokens / shape.page_tokens * 2 + 1;
     for page in (0..pool).map(PageId) {
         let filled = used.iter().position(|p| *p == page).map_or(0, |index| {
@@ -105,31 +167,34 @@ fn check_untouched<P: PagesUnderTest>(pages: &P, shape: &KvShape, used: &[PageId
         });
         for layer in 0..shape.layers {
             for part in 0..2 * shape.kv_heads {
-                let rows = pages.read(LayerIdx(layer), page, part / 2, part % 2 == 1);
+                let rows = kernels.read(pages, LayerIdx(layer), page, part / 2, part % 2 == 1);
                 assert!(rows[filled..].iter().all(|b| *b == 0), "{case}: page {page} was overwritten");
             }
         }
     }
 }
 
-fn check_refusals<K: Kernels>(
-    kernels: &K,
+fn check_refusals<K: UnderTest>(
+    kernels: &mut K,
     pages: &mut K::Pages,
     shape: KvShape,
     tokens: u32,
     table: &[PageId],
     case: &str,
-) where
-    K::Pages: PagesUnderTest,
-{
+) {
     let len = tokens as usize * shape.layer_token_bytes();
+    let memory = kernels.memory(len + 1).expect(case);
     let mut refuse = |layer: u32, table: &[PageId], tokens: u32, len: usize, want: fn(&PackError) -> bool| {
-        let mut bytes = vec![1; len];
-        let packed = kernels.pack(pages, LayerIdx(layer), table, tokens, &mut bytes);
+        let extent = memory.extent(0..len).expect("in the memory");
+        kernels.fill(&extent, &vec![1; len]);
+        // SAFETY: nobody else uses the memory.
+        let packed = unsafe { kernels.pack(Ticket(0), pages, LayerIdx(layer), table, tokens, &extent) };
         assert!(packed.as_ref().is_err_and(want), "{case}: pack gave {packed:?}");
-        assert!(bytes.iter().all(|b| *b == 1), "{case}: a refused pack wrote");
-        let scattered = kernels.scatter(pages, LayerIdx(layer), table, tokens, &bytes);
+        // SAFETY: as above.
+        let scattered = unsafe { kernels.scatter(Ticket(0), pages, LayerIdx(layer), table, tokens, &extent) };
         assert!(scattered.as_ref().is_err_and(want), "{case}: scatter gave {scattered:?}");
+        assert_eq!(kernels.under_way(), 0, "{case}: what was refused was begun");
+        assert!(kernels.packed(&extent).iter().all(|b| *b == 1), "{case}: a refused pack wrote");
     };
     refuse(shape.layers, table, tokens, len, |e| matches!(e, PackError::NoSuchLayer { .. }));
     refuse(0, table, 0, len, |e| matches!(e, PackError::Tokens { .. }));
@@ -141,7 +206,9 @@ fn check_refusals<K: Kernels>(
     refuse(0, &outside, tokens, len, |e| matches!(e, PackError::NoSuchPage { .. }));
     if table.len() > 1 {
         let twice = vec![table[0]; table.len()];
-        let scattered = kernels.scatter(pages, LayerIdx(0), &twice, tokens, &vec![1; len]);
+        let extent = memory.extent(0..len).expect("in the memory");
+        // SAFETY: nobody else uses the memory.
+        let scattered = unsafe { kernels.scatter(Ticket(0), pages, LayerIdx(0), &twice, tokens, &extent) };
         assert!(matches!(scattered, Err(PackError::PageTwice { .. })), "{case}: scatter gave {scattered:?}");
     }
 }

@@ -22,5 +22,5 @@ mod pages;
 
 pub use checksum::checksum;
 pub use layout::{Order, PagedLayout, Stored};
-pub use pack::{CpuKernels, Kernels, PackError, pack_layer, scatter_layer};
-pub use pages::{KvPages, PagesError};
+pub use pack::{Converted, CpuKernels, Kernels, PackError, Ticket, pack_layer, scatter_layer};
+pub use pages::{KvPages, Paged, PagesError};

@@ -1,8 +1,10 @@
 //! Paged to packed and back, on the CPU. See `tandem_proto::layout` for both shapes.
 
 use crate::checksum::{self, Checksum};
-use crate::pages::KvPages;
+use crate::pages::{KvPages, Paged};
 use rayon::prelude::*;
+use std::sync::Arc;
+use tandem_memory::{Extent, HostRegion, RegionError};
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::KvShape;
 
@@ -10,38 +12,79 @@ use tandem_proto::layout::KvShape;
 /// taken from each run while it is in the first-level cache, which is faster.
 const PARALLEL_BYTES: usize = 8 << 20;
 
-/// Converts between the two shapes. Implementations run `contract::check`.
-pub trait Kernels {
+/// Converts between the two shapes. A conversion is begun, and later told to be over: on a GPU it takes its time.
+/// Implementations run `contract::check`.
+pub trait Kernels: Send {
     /// The paged KV that this implementation reads and writes.
-    type Pages;
+    type Pages: Paged;
+    /// Why memory cannot be had, or conversions failed for good.
+    type Error: std::error::Error + Send + Sync + 'static;
 
-    /// Gathers one layer of `tokens` tokens, which lie in `pages`, into `out`, that layer's extent of a
-    /// packed chunk. Returns the [`checksum`](crate::checksum()) of `out`.
+    /// Memory for packed KV that transports can move, `len` bytes.
     ///
     /// # Errors
-    /// When lengths do not fit each other or the pool; `out` is then untouched.
-    fn pack(
-        &self,
+    /// When there is no such memory.
+    fn memory(&self, len: usize) -> Result<Arc<HostRegion>, Self::Error>;
+
+    /// Begins to gather one layer of `tokens` tokens, which lie in `pages`, into `out`, that layer's extent of a packed
+    /// chunk. Comes after whatever an engine had queued for that layer by now. Pages that are written before it is over
+    /// may be gathered in either state.
+    ///
+    /// # Safety
+    /// Until [`Kernels::poll`] tells that it is over, nobody else reads or writes `out`.
+    ///
+    /// # Errors
+    /// When lengths do not fit each other or the pool; `out` is then untouched, and nothing is begun.
+    unsafe fn pack(
+        &mut self,
+        ticket: Ticket,
         kv: &Self::Pages,
         layer: LayerIdx,
         pages: &[PageId],
         tokens: u32,
-        out: &mut [u8],
-    ) -> Result<u64, PackError>;
+        out: &Extent,
+    ) -> Result<(), PackError>;
 
-    /// The reverse of [`Kernels::pack`]. Returns the checksum of `packed` as it was read. Rows of the last
-    /// page beyond `tokens` keep what they hold.
+    /// Begins the reverse of [`Kernels::pack`]. Rows of the last page beyond `tokens` keep what they hold. Nobody may use
+    /// the pages before it is over.
+    ///
+    /// # Safety
+    /// Until [`Kernels::poll`] tells that it is over, nobody writes `packed`.
     ///
     /// # Errors
-    /// When lengths do not fit each other or the pool; no page is then touched.
-    fn scatter(
-        &self,
+    /// When lengths do not fit each other or the pool; no page is then touched, and nothing is begun.
+    unsafe fn scatter(
+        &mut self,
+        ticket: Ticket,
         kv: &mut Self::Pages,
         layer: LayerIdx,
         pages: &[PageId],
         tokens: u32,
-        packed: &[u8],
-    ) -> Result<u64, PackError>;
+        packed: &Extent,
+    ) -> Result<(), PackError>;
+
+    /// Appends what is over since the last call, in any order. Waits for nothing. What was begun may wait for the next
+    /// call until it really begins, so that several conversions become one piece of work.
+    ///
+    /// # Errors
+    /// When the device failed: what is under way will never be over.
+    fn poll(&mut self, done: &mut Vec<Converted>) -> Result<(), Self::Error>;
+
+    /// Conversions that were begun and not yet told to be over.
+    fn under_way(&self) -> usize;
+}
+
+/// A conversion, as its caller names it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Ticket(pub u64);
+
+/// A conversion that is over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Converted {
+    /// Which.
+    pub ticket: Ticket,
+    /// The [`checksum`](crate::checksum()) of the packed bytes, as they were written or read.
+    pub checksum: u64,
 }
 
 /// Why a chunk cannot be converted.
@@ -97,39 +140,69 @@ pub enum PackError {
         /// The length needed.
         needed: usize,
     },
+    /// The extent lies in memory that the kernels do not reach.
+    #[error("packed extent in memory that {device} does not reach; take it from these kernels")]
+    Unreached {
+        /// Where the kernels run.
+        device: String,
+    },
 }
 
-/// [`pack_layer`] and [`scatter_layer`] as [`Kernels`].
-#[derive(Clone, Copy, Default, Debug)]
-pub struct CpuKernels;
+/// [`pack_layer`] and [`scatter_layer`] as [`Kernels`]: a conversion is over when it was begun.
+#[derive(Default, Debug)]
+pub struct CpuKernels {
+    done: Vec<Converted>,
+}
 
 impl Kernels for CpuKernels {
     type Pages = KvPages;
+    type Error = RegionError;
 
-    fn pack(
-        &self,
+    fn memory(&self, len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        HostRegion::map(len)
+    }
+
+    unsafe fn pack(
+        &mut self,
+        ticket: Ticket,
         kv: &KvPages,
         layer: LayerIdx,
         pages: &[PageId],
         tokens: u32,
-        out: &mut [u8],
-    ) -> Result<u64, PackError> {
-        pack_layer(kv, layer, pages, tokens, out)
+        out: &Extent,
+    ) -> Result<(), PackError> {
+        // SAFETY: nobody else uses these bytes, by the caller's promise.
+        let checksum = pack_layer(kv, layer, pages, tokens, unsafe { out.bytes_mut() })?;
+        self.done.push(Converted { ticket, checksum });
+        Ok(())
     }
 
-    fn scatter(
-        &self,
+    unsafe fn scatter(
+        &mut self,
+        ticket: Ticket,
         kv: &mut KvPages,
         layer: LayerIdx,
         pages: &[PageId],
         tokens: u32,
-        packed: &[u8],
-    ) -> Result<u64, PackError> {
-        scatter_layer(kv, layer, pages, tokens, packed)
+        packed: &Extent,
+    ) -> Result<(), PackError> {
+        // SAFETY: nobody writes these bytes, by the caller's promise.
+        let checksum = scatter_layer(kv, layer, pages, tokens, unsafe { packed.bytes() })?;
+        self.done.push(Converted { ticket, checksum });
+        Ok(())
+    }
+
+    fn poll(&mut self, done: &mut Vec<Converted>) -> Result<(), RegionError> {
+        done.append(&mut self.done);
+        Ok(())
+    }
+
+    fn under_way(&self) -> usize {
+        self.done.len()
     }
 }
 
-/// See [`Kernels::pack`].
+/// What [`Kernels::pack`] does. Returns the [`checksum`](crate::checksum()) of `out`.
 ///
 /// # Errors
 /// As there.
@@ -162,7 +235,7 @@ pub fn pack_layer(
     Ok(sum.finish(out))
 }
 
-/// See [`Kernels::scatter`].
+/// What [`Kernels::scatter`] does. Returns the checksum of `packed` as it was read.
 ///
 /// # Errors
 /// As there.
@@ -174,11 +247,7 @@ pub fn scatter_layer(
     packed: &[u8],
 ) -> Result<u64, PackError> {
     check(kv, layer, pages, tokens, packed.len())?;
-    let mut sorted = pages.to_vec();
-    sorted.sort_unstable();
-    if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(PackError::PageTwice { page: pair[0] });
-    }
+    check_distinct(pages)?;
     let shape = *kv.shape();
     let head_bytes = tokens as usize * shape.row_bytes();
     if packed.len() >= PARALLEL_BYTES {
@@ -233,7 +302,14 @@ fn page_head_bytes(shape: &KvShape) -> usize {
     shape.page_tokens as usize * shape.row_bytes()
 }
 
-fn check(kv: &KvPages, layer: LayerIdx, pages: &[PageId], tokens: u32, len: usize) -> Result<(), PackError> {
+/// Refuses what [`Kernels`] refuse of both conversions.
+pub(crate) fn check(
+    kv: &impl Paged,
+    layer: LayerIdx,
+    pages: &[PageId],
+    tokens: u32,
+    len: usize,
+) -> Result<(), PackError> {
     let shape = kv.shape();
     if layer.0 >= shape.layers {
         return Err(PackError::NoSuchLayer { layer, layers: shape.layers });
@@ -255,6 +331,16 @@ fn check(kv: &KvPages, layer: LayerIdx, pages: &[PageId], tokens: u32, len: usiz
     Ok(())
 }
 
+/// Refuses what nothing can be scattered to.
+pub(crate) fn check_distinct(pages: &[PageId]) -> Result<(), PackError> {
+    let mut sorted = pages.to_vec();
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+        Some(pair) => Err(PackError::PageTwice { page: pair[0] }),
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -263,7 +349,7 @@ mod tests {
 
     #[test]
     fn keeps_the_contract() {
-        contract::check(&CpuKernels, 1, 200);
+        contract::check(&mut CpuKernels::default(), 1, 200);
     }
 
     #[test]

@@ -14,6 +14,19 @@ pub struct KvPages {
     storage: Extent,
 }
 
+/// A pool of pages, wherever its memory lies: what whoever hands out pages knows of it.
+pub trait Paged: Send {
+    /// The dimensions of the KV.
+    fn shape(&self) -> &KvShape;
+    /// Pages of the pool.
+    fn pages(&self) -> u32;
+    /// Copies all layers of page `from` to page `to`, so that two sequences may go on from one. Over when it returns.
+    ///
+    /// # Errors
+    /// When one of them is not in the pool, or its memory fails.
+    fn copy_page(&mut self, from: PageId, to: PageId) -> Result<(), PagesError>;
+}
+
 /// Why pages cannot be had.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
@@ -34,6 +47,10 @@ pub enum PagesError {
     /// The system has no such memory.
     #[error(transparent)]
     Memory(#[from] RegionError),
+    /// A GPU has no such memory, or failed.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Gpu(#[from] tandem_memory::cuda::CudaError),
     /// A page that is not there.
     #[error("page {page} lies outside the pool of {pages} pages")]
     NoSuchPage {
@@ -50,15 +67,7 @@ impl KvPages {
     /// # Errors
     /// When the shape is unusable or the system refuses the memory.
     pub fn new(shape: KvShape, pages: u32) -> Result<KvPages, PagesError> {
-        shape.validate()?;
-        if pages == 0 {
-            return Err(PagesError::Empty);
-        }
-        let page_bytes = shape.layer_page_bytes() * shape.layers as usize;
-        let len = page_bytes
-            .checked_mul(pages as usize)
-            .filter(|len| *len <= isize::MAX as usize / 2)
-            .ok_or(PagesError::TooLarge { pages, page_bytes })?;
+        let len = pool_bytes(&shape, pages)?;
         let storage = HostRegion::private(len)?.extent(0..len)?;
         Ok(KvPages { shape, pages, storage })
     }
@@ -88,25 +97,6 @@ impl KvPages {
     #[must_use]
     pub fn pages(&self) -> u32 {
         self.pages
-    }
-
-    /// Copies all layers of page `from` to page `to`, so that two sequences may go on from one.
-    ///
-    /// # Errors
-    /// When one of them is not in the pool.
-    pub fn copy_page(&mut self, from: PageId, to: PageId) -> Result<(), PagesError> {
-        for page in [from, to] {
-            if page.0 >= self.pages {
-                return Err(PagesError::NoSuchPage { page, pages: self.pages });
-            }
-        }
-        let len = self.shape.layer_page_bytes();
-        for layer in 0..self.shape.layers {
-            let source = self.page_offset(LayerIdx(layer), from);
-            let target = self.page_offset(LayerIdx(layer), to);
-            self.bytes_mut().copy_within(source..source + len, target);
-        }
-        Ok(())
     }
 
     /// The rows of one head's keys (`value` false) or values in a page: `[token][head_dim]`.
@@ -158,6 +148,48 @@ impl KvPages {
 
     fn page_offset(&self, layer: LayerIdx, page: PageId) -> usize {
         (layer.0 as usize * self.pages as usize + page.0 as usize) * self.shape.layer_page_bytes()
+    }
+}
+
+impl Paged for KvPages {
+    fn shape(&self) -> &KvShape {
+        &self.shape
+    }
+
+    fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    fn copy_page(&mut self, from: PageId, to: PageId) -> Result<(), PagesError> {
+        both_in_pool(from, to, self.pages)?;
+        let len = self.shape.layer_page_bytes();
+        for layer in 0..self.shape.layers {
+            let source = self.page_offset(LayerIdx(layer), from);
+            let target = self.page_offset(LayerIdx(layer), to);
+            self.bytes_mut().copy_within(source..source + len, target);
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a pool.
+pub(crate) fn pool_bytes(shape: &KvShape, pages: u32) -> Result<usize, PagesError> {
+    shape.validate()?;
+    if pages == 0 {
+        return Err(PagesError::Empty);
+    }
+    let page_bytes = shape.layer_page_bytes() * shape.layers as usize;
+    page_bytes
+        .checked_mul(pages as usize)
+        .filter(|len| *len <= isize::MAX as usize / 2)
+        .ok_or(PagesError::TooLarge { pages, page_bytes })
+}
+
+/// Refuses a copy from or to a page that is not there.
+pub(crate) fn both_in_pool(from: PageId, to: PageId, pages: u32) -> Result<(), PagesError> {
+    match [from, to].into_iter().find(|page| page.0 >= pages) {
+        Some(page) => Err(PagesError::NoSuchPage { page, pages }),
+        None => Ok(()),
     }
 }
 

@@ -4,14 +4,17 @@
 use std::io::{BufRead, BufReader, Write};
 use std::num::NonZeroU32;
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tandem_kernels::contract::{self, PagesUnderTest};
-use tandem_kernels::cuda::{Chunk, CudaKernels, DevicePages, Place, Plan, PlanError, PlanLimits, Share};
-use tandem_kernels::{Kernels, Order, PackError, PagedLayout, Stored, checksum};
+use tandem_kernels::contract;
+use tandem_kernels::cuda::{
+    Chunk, CudaKernels, CudaPacker, DevicePages, KvDevicePages, Place, Plan, PlanError, PlanLimits, Share,
+};
+use tandem_kernels::{Converted, Kernels, Order, PackError, Paged, PagedLayout, Stored, Ticket, checksum};
 use tandem_memory::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, IpcHandle};
+use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::{LayerIdx, PageId};
-use tandem_proto::layout::KvShape;
+use tandem_proto::layout::{KvDtype, KvShape};
 
 /// A GPU with the kernels loaded.
 struct Gpu {
@@ -311,140 +314,172 @@ fn refuses_what_makes_no_sense() {
     assert!(matches!(plan.pack(&other, 0..1, Share::default()), Err(PlanError::OtherLayout { .. })));
 }
 
-/// The contract of `Kernels`, through a GPU: pages in its memory, extents in the host's.
+/// The contract of `Kernels`, on a GPU.
 #[test]
 fn keeps_the_contract() {
     let Some(gpu) = Gpu::open(0) else { return };
-    *CONTRACT_GPU.lock().unwrap() = Some(gpu);
-    contract::check(&Staged, seed(), 60);
-    *CONTRACT_GPU.lock().unwrap() = None;
+    // Its plans are to be large enough for any shape of the contract.
+    let shape = KvShape {
+        layers: 1,
+        kv_heads: 1,
+        head_dim: 1,
+        page_tokens: 16,
+        chunk_tokens: 16 * 6,
+        dtype: KvDtype::F32,
+    };
+    let packer = CudaPacker::new(&gpu.kernels, &shape).unwrap();
+    contract::check(&mut Packer { gpu, packer }, seed(), 60);
 }
 
-/// Pools are made by an associated function, so the GPU that they are made on is found here.
-static CONTRACT_GPU: Mutex<Option<Gpu>> = Mutex::new(None);
-
-struct Staged;
-
-struct StagedPages {
-    shape: KvShape,
-    pages: DevicePages,
+/// A [`CudaPacker`] whose pages and memory the contract can see.
+struct Packer {
+    gpu: Gpu,
+    packer: CudaPacker,
 }
 
-fn with_gpu<T>(run: impl FnOnce(&Gpu) -> T) -> T {
-    run(CONTRACT_GPU.lock().unwrap().as_ref().expect("the contract's GPU"))
-}
+impl Kernels for Packer {
+    type Pages = KvDevicePages;
+    type Error = PlanError;
 
-impl StagedPages {
-    fn rows(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> DeviceExtent {
-        let layout = self.pages.layout();
-        let start = layout.row(layer, page, kv_head, u32::from(value), 0);
-        let len = layout.page_tokens as usize * layout.row_bytes as usize;
-        self.pages.storage().part(start..start + len).unwrap()
+    fn memory(&self, len: usize) -> Result<Arc<HostRegion>, PlanError> {
+        self.packer.memory(len)
     }
-}
-
-impl PagesUnderTest for StagedPages {
-    fn create(shape: KvShape, pages: u32) -> Self {
-        let layout = PagedLayout::of(&shape, pages);
-        let storage = with_gpu(|gpu| gpu.holding(&vec![0; layout.bytes()]));
-        StagedPages { shape, pages: DevicePages::new(layout, storage).unwrap() }
-    }
-    fn read(&self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8> {
-        with_gpu(|gpu| gpu.read(&self.rows(layer, page, kv_head, value)))
-    }
-    fn write(&mut self, layer: LayerIdx, page: PageId, kv_head: u32, value: bool, rows: &[u8]) {
-        with_gpu(|gpu| self.rows(layer, page, kv_head, value).write(&gpu.stream, rows).unwrap());
-    }
-}
-
-impl Kernels for Staged {
-    type Pages = StagedPages;
-
-    fn pack(
-        &self,
-        kv: &StagedPages,
+    unsafe fn pack(
+        &mut self,
+        ticket: Ticket,
+        kv: &KvDevicePages,
         layer: LayerIdx,
         pages: &[PageId],
         tokens: u32,
-        out: &mut [u8],
-    ) -> Result<u64, PackError> {
-        refusal(kv, layer, pages, tokens, out.len(), false)?;
-        with_gpu(|gpu| {
-            let (sum, landed) = staged(gpu, kv, layer, pages, tokens, None);
-            out.copy_from_slice(&landed);
-            Ok(sum)
-        })
+        out: &Extent,
+    ) -> Result<(), PackError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.packer.pack(ticket, kv, layer, pages, tokens, out) }
     }
-
-    fn scatter(
-        &self,
-        kv: &mut StagedPages,
+    unsafe fn scatter(
+        &mut self,
+        ticket: Ticket,
+        kv: &mut KvDevicePages,
         layer: LayerIdx,
         pages: &[PageId],
         tokens: u32,
-        packed: &[u8],
-    ) -> Result<u64, PackError> {
-        refusal(kv, layer, pages, tokens, packed.len(), true)?;
-        with_gpu(|gpu| Ok(staged(gpu, kv, layer, pages, tokens, Some(packed)).0))
+        packed: &Extent,
+    ) -> Result<(), PackError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.packer.scatter(ticket, kv, layer, pages, tokens, packed) }
+    }
+    fn poll(&mut self, done: &mut Vec<Converted>) -> Result<(), PlanError> {
+        self.packer.poll(done)
+    }
+    fn under_way(&self) -> usize {
+        self.packer.under_way()
     }
 }
 
-/// One layer of one chunk by way of memory of the GPU that holds all its layers.
-fn staged(
-    gpu: &Gpu,
-    kv: &StagedPages,
-    layer: LayerIdx,
-    pages: &[PageId],
-    tokens: u32,
-    scatter: Option<&[u8]>,
-) -> (u64, Vec<u8>) {
-    let layout = kv.pages.layout();
-    let (len, layers) = (layout.layer_bytes(tokens), layer.0..layer.0 + 1);
-    let extent = gpu.holding(&vec![0; len * layout.layers as usize]);
-    let part = extent.part(layer.0 as usize * len..(layer.0 as usize + 1) * len).unwrap();
-    let mut plan = gpu.plan(PlanLimits { chunks: 1, pages: pages.len(), layers: layout.layers });
-    plan.set(layout, None, &[Chunk { tokens, pages, place: Place::Packed(&extent) }]).unwrap();
-    let share = Share { checksum: true, multiprocessors: None };
-    match scatter {
-        None => plan.pack(&kv.pages, layers.clone(), share).unwrap(),
-        Some(packed) => {
-            part.write(&gpu.stream, packed).unwrap();
-            plan.scatter(&kv.pages, layers.clone(), share).unwrap();
+fn rows(kv: &KvDevicePages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> DeviceExtent {
+    let layout = kv.device_pages().layout();
+    let start = layout.row(layer, page, kv_head, u32::from(value), 0);
+    let len = layout.page_tokens as usize * layout.row_bytes as usize;
+    kv.device_pages().storage().part(start..start + len).unwrap()
+}
+
+impl contract::UnderTest for Packer {
+    fn pool(&self, shape: KvShape, pages: u32) -> KvDevicePages {
+        KvDevicePages::new(self.gpu.kernels.device(), shape, pages).unwrap()
+    }
+    fn read(&self, kv: &KvDevicePages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8> {
+        self.gpu.read(&rows(kv, layer, page, kv_head, value))
+    }
+    fn write(
+        &self,
+        kv: &mut KvDevicePages,
+        layer: LayerIdx,
+        page: PageId,
+        kv_head: u32,
+        value: bool,
+        bytes: &[u8],
+    ) {
+        rows(kv, layer, page, kv_head, value).write(&self.gpu.stream, bytes).unwrap();
+    }
+    fn packed(&self, extent: &Extent) -> Vec<u8> {
+        self.gpu.read(&extent.on_device().unwrap())
+    }
+    fn fill(&self, extent: &Extent, bytes: &[u8]) {
+        extent.on_device().unwrap().write(&self.gpu.stream, bytes).unwrap();
+    }
+}
+
+/// Layers of several chunks at once, right behind what a stream writes to their pages, and a copy of a page.
+#[test]
+fn packs_what_is_queued() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    let shape = KvShape {
+        layers: 5,
+        kv_heads: 2,
+        head_dim: 64,
+        page_tokens: 16,
+        chunk_tokens: 64,
+        dtype: KvDtype::F16,
+    };
+    let (device, mut random) = (gpu.kernels.device(), Random(seed()));
+    let mut kv = KvDevicePages::new(device, shape, 40).unwrap();
+    let mut packer = CudaPacker::new(&gpu.kernels, &shape).unwrap();
+    let layer_bytes = 64 * shape.layer_token_bytes();
+    let memory = packer.memory(layer_bytes * 5 * 8).unwrap();
+    let pool = random.bytes(kv.device_pages().layout().bytes());
+    let ready = gpu.holding(&pool);
+    let pages = random.pages(40);
+    let chunk_of = |chunk: usize| &pages[chunk * 4..chunk * 4 + 4];
+    let out = |layer: u32, chunk: usize| {
+        let at = (layer as usize * 8 + chunk) * layer_bytes;
+        memory.extent(at..at + layer_bytes).unwrap()
+    };
+    let mut done = Vec::new();
+    for layer in 0..5 {
+        let part = kv.device_pages().layout().bytes() / 5;
+        let range = layer as usize * part..(layer as usize + 1) * part;
+        let to = kv.device_pages().storage().part(range.clone()).unwrap();
+        ready.part(range).unwrap().copy_to(&gpu.stream, &to).unwrap();
+        kv.written(LayerIdx(layer), &gpu.stream).unwrap();
+        for chunk in 0..8 {
+            let ticket = Ticket(u64::from(layer) * 8 + chunk as u64);
+            // SAFETY: nobody else uses the memory.
+            unsafe {
+                packer.pack(ticket, &kv, LayerIdx(layer), chunk_of(chunk), 64, &out(layer, chunk)).unwrap();
+            }
+        }
+        packer.poll(&mut done).unwrap();
+    }
+    let until = Instant::now() + Duration::from_secs(20);
+    while packer.under_way() > 0 {
+        assert!(Instant::now() < until, "{} are not over", packer.under_way());
+        packer.poll(&mut done).unwrap();
+    }
+    let layout = *kv.device_pages().layout();
+    for layer in 0..5 {
+        for chunk in 0..8 {
+            let mut want = vec![0; layer_bytes];
+            let sum = layout.pack(&pool, LayerIdx(layer), chunk_of(chunk), 64, &mut want);
+            assert!(
+                gpu.read(&out(layer, chunk).on_device().unwrap()) == want,
+                "layer {layer}, chunk {chunk}"
+            );
+            let told = done.iter().find(|c| c.ticket.0 == u64::from(layer) * 8 + chunk as u64);
+            assert_eq!(told.map(|told| told.checksum), Some(sum), "layer {layer}, chunk {chunk}");
         }
     }
-    (plan.checksums(layers).unwrap()[0], gpu.read(&part))
-}
-
-/// The refusals that the plan makes in words of its own.
-fn refusal(
-    kv: &StagedPages,
-    layer: LayerIdx,
-    pages: &[PageId],
-    tokens: u32,
-    len: usize,
-    scatter: bool,
-) -> Result<(), PackError> {
-    let (layout, shape) = (kv.pages.layout(), &kv.shape);
-    if layer.0 >= layout.layers {
-        return Err(PackError::NoSuchLayer { layer, layers: layout.layers });
+    kv.copy_page(PageId(3), PageId(9)).unwrap();
+    for layer in 0..5 {
+        for part in 0..4 {
+            let of = |page| gpu.read(&rows(&kv, LayerIdx(layer), PageId(page), part / 2, part % 2 == 1));
+            assert_eq!(of(3), of(9));
+        }
     }
-    if tokens == 0 || tokens > shape.chunk_tokens {
-        return Err(PackError::Tokens { tokens, chunk_tokens: shape.chunk_tokens });
-    }
-    let needed = shape.pages(tokens);
-    if pages.len() != needed as usize {
-        return Err(PackError::Pages { pages: pages.len(), tokens, needed });
-    }
-    if let Some(page) = pages.iter().find(|page| page.0 >= layout.pages) {
-        return Err(PackError::NoSuchPage { page: *page, pages: layout.pages });
-    }
-    if len != layout.layer_bytes(tokens) {
-        return Err(PackError::Extent { len, tokens, needed: layout.layer_bytes(tokens) });
-    }
-    match pages.iter().enumerate().find(|(at, page)| pages[..*at].contains(page)) {
-        Some((_, page)) if scatter => Err(PackError::PageTwice { page: *page }),
-        _ => Ok(()),
-    }
+    assert!(kv.copy_page(PageId(3), PageId(40)).is_err());
+    let plain = HostRegion::map(layer_bytes).unwrap().extent(0..layer_bytes).unwrap();
+    // SAFETY: nobody else uses the memory.
+    let refused = unsafe { packer.pack(Ticket(0), &kv, LayerIdx(0), chunk_of(0), 64, &plain) };
+    assert!(matches!(refused, Err(PackError::Unreached { .. })), "{refused:?}");
 }
 
 /// The case that two processes share: both can draw it.

@@ -12,7 +12,9 @@
 mod board;
 mod clock;
 mod cluster;
+mod device;
 mod inbox;
+mod load;
 mod member;
 mod router;
 mod start;
@@ -21,10 +23,11 @@ mod status;
 pub use board::{Board, Shown};
 pub use clock::{Clock, ClockHand};
 pub use cluster::{Cluster, SendError, lane};
-pub use inbox::{Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
+pub use device::Device;
+pub use inbox::{CONVERSION_POLL_US, Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
 pub use member::Member;
 pub use router::RouterLink;
-pub use start::{NodeOptions, Parts, start};
+pub use start::{NodeLoop, NodeOptions, Parts, start};
 pub use status::StatusAddr;
 
 /// A random id for this incarnation of the process.

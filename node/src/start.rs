@@ -1,20 +1,23 @@
 //! From options to a running node.
 
+use crate::device::Device;
+use crate::load::{self, Loaded};
 use crate::status::{Running, Status, StatusAddr};
 use crate::{Board, Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox, random_node_id};
 use anyhow::Context;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use tandem_engine::{CpuEngine, Engine, LoadOptions};
-use tandem_kernels::KvPages;
+use std::time::Duration;
+use tandem_engine::{Engine, LoadFormat};
+use tandem_kernels::{Kernels, Paged};
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
 use tandem_proto::layout::KvDtype;
 use tandem_proto::wire::{Hello, Role};
 use tandem_transport::control::{Control, Limits};
-use tandem_transport::{Congestion, Transport, Tuning};
+use tandem_transport::{Congestion, Identity, Transport, Tuning};
 use tandem_transport::{NetConfig, NetTransport, Path};
+use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 
 /// Events from the network that the node's loop has not looked at. Beyond it, peers wait.
@@ -46,12 +49,25 @@ pub struct NodeOptions {
     /// default keeps it to this machine.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
     pub status: StatusAddr,
-    /// Memory for pages of KV. All of it is taken from the system soon after the start, in the background.
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = units::bytes, help_heading = "Memory and speed")]
-    pub kv_memory: usize,
-    /// How keys and values are stored: f32 loses nothing; f16 and bf16 take half the room and half the link.
-    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = kv_dtype, help_heading = "Memory and speed")]
-    pub kv_dtype: KvDtype,
+    /// What computes: cpu, or cuda:N for the NVIDIA GPU with number N, as CUDA_VISIBLE_DEVICES shows them.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", help_heading = "Memory and speed")]
+    pub device: Device,
+    /// Memory for pages of KV. On a CPU 1GiB by default, taken from the system soon after the start, in the background; on
+    /// a GPU what --gpu-memory-utilization leaves.
+    #[arg(long, value_name = "SIZE", value_parser = units::bytes, help_heading = "Memory and speed")]
+    pub kv_memory: Option<usize>,
+    /// The part of a GPU's memory that this node uses in all, 0.9 by default: pages of KV take what the model and packed
+    /// KV leave of it. The rest is for the largest steps. Nodes that share a GPU share it by this.
+    #[arg(long, value_name = "PART", value_parser = part, conflicts_with = "kv_memory", help_heading = "Memory and speed")]
+    pub gpu_memory_utilization: Option<f64>,
+    /// How keys and values are stored: f32 loses nothing; f16 and bf16 take half the room and half the link. auto is f32
+    /// on a CPU, and on a GPU what the model's weights are. A GPU computes in it too.
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = kv_dtype, help_heading = "Memory and speed")]
+    pub kv_dtype: KvType,
+    /// Where weights come from: auto reads the model's files; dummy makes them up, from config.json alone, to measure
+    /// speed.
+    #[arg(long, value_name = "FORMAT", default_value = "auto", value_parser = load_format, help_heading = "Memory and speed")]
+    pub load_format: LoadFormat,
     /// Threads that compute. 0 takes as many as there are cores.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Memory and speed")]
     pub threads: usize,
@@ -110,17 +126,35 @@ fn paths(text: &str) -> Result<Paths, String> {
     }
 }
 
-fn kv_dtype(text: &str) -> Result<KvDtype, String> {
+/// How KV is stored; none is as the device likes it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct KvType(pub Option<KvDtype>);
+
+fn kv_dtype(text: &str) -> Result<KvType, String> {
     match text {
-        "f32" => Ok(KvDtype::F32),
-        "f16" => Ok(KvDtype::F16),
-        "bf16" => Ok(KvDtype::Bf16),
-        _ => Err("expected f32, f16 or bf16".into()),
+        "auto" => Ok(KvType(None)),
+        "f32" => Ok(KvType(Some(KvDtype::F32))),
+        "f16" => Ok(KvType(Some(KvDtype::F16))),
+        "bf16" => Ok(KvType(Some(KvDtype::Bf16))),
+        _ => Err("expected auto, f32, f16 or bf16".into()),
     }
 }
 
+fn load_format(text: &str) -> Result<LoadFormat, String> {
+    match text {
+        "auto" => Ok(LoadFormat::Files),
+        "dummy" => Ok(LoadFormat::Dummy),
+        _ => Err("expected auto or dummy".into()),
+    }
+}
+
+fn part(text: &str) -> Result<f64, String> {
+    let part = text.parse().ok().filter(|part| *part > 0.0 && *part <= 1.0);
+    part.ok_or_else(|| "expected a number above 0, and at most 1".into())
+}
+
 /// What a node's loop is made of.
-pub struct Parts {
+pub struct Parts<E: Engine, K> {
     /// The machine's clock.
     pub clock: Clock,
     /// The way to router and peers.
@@ -130,22 +164,32 @@ pub struct Parts {
     /// What moves KV.
     pub transport: Box<dyn Transport>,
     /// The model.
-    pub engine: Box<dyn Engine>,
+    pub engine: E,
     /// Its pages.
-    pub kv: KvPages,
+    pub kv: E::Pages,
+    /// What moves KV between pages and the memory that the transport reads and writes.
+    pub kernels: K,
     /// Where the loop shows its state.
     pub board: Arc<Board>,
 }
 
-/// Starts a node and keeps it running until it is told to stop. `run` is its loop, on a thread of its own.
+/// What a node does once it has its parts.
+pub trait NodeLoop: Send + 'static {
+    /// Memory that it takes for packed KV, beside its pages.
+    fn packed_memory(&self) -> usize;
+
+    /// Runs until the node is told to stop.
+    ///
+    /// # Errors
+    /// When it cannot go on.
+    fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()>;
+}
+
+/// Starts a node and keeps it running until it is told to stop. Its loop has a thread of its own.
 ///
 /// # Errors
 /// When something it needs cannot be had.
-pub fn start(
-    options: NodeOptions,
-    role: Role,
-    run: impl FnOnce(Parts) -> anyhow::Result<()> + Send + 'static,
-) -> anyhow::Result<()> {
+pub fn start(options: NodeOptions, role: Role, node_loop: impl NodeLoop) -> anyhow::Result<()> {
     options.process.start_logs()?;
     let shutdown = Shutdown::on_signals()?;
     #[cfg(feature = "rdma")]
@@ -162,9 +206,39 @@ pub fn start(
         tracing::info!(http = %listener.local_addr()?, "serving status");
         runtime.spawn(Arc::clone(&status).serve(listener));
     }
-    let (engine, kv) = load(&options)?;
-    warm(&kv)?;
-    runtime.block_on(async move {
+    let started = Started { options, role, shutdown, identity, runtime, status };
+    match started.options.device {
+        Device::Cpu => {
+            let loaded = load::on_cpu(&started.options)?;
+            started.serve(loaded, node_loop)
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(ordinal) => {
+            let loaded = load::on_gpu(&started.options, ordinal, node_loop.packed_memory())?;
+            started.serve(loaded, node_loop)
+        }
+    }
+}
+
+/// What a node has before its model.
+struct Started {
+    options: NodeOptions,
+    role: Role,
+    shutdown: Shutdown,
+    identity: Identity,
+    runtime: Runtime,
+    status: Arc<Status>,
+}
+
+impl Started {
+    fn serve<E: Engine + 'static, K: Kernels<Pages = E::Pages> + 'static>(
+        self,
+        loaded: Loaded<E, K>,
+        node_loop: impl NodeLoop,
+    ) -> anyhow::Result<()> {
+        let Started { options, role, shutdown, identity, runtime, status } = self;
+        let Loaded { engine, kv, kernels, device } = loaded;
+        runtime.block_on(async move {
         let node = random_node_id().context("no randomness for the node's id")?;
         let tuning = Tuning {
             mtu: options.mtu,
@@ -204,6 +278,7 @@ pub fn start(
         status.is_running(Running {
             hello: hello.clone(),
             model: info.name.clone(),
+            device,
             paths: options.transport.0.clone(),
             transport: transport.observer(),
         });
@@ -214,15 +289,16 @@ pub fn start(
             cluster: Box::new(member.clone()),
             inbox,
             transport: Box::new(transport),
-            engine: Box::new(engine),
+            engine,
             kv,
+            kernels,
             board: Arc::clone(&status.board),
         };
         let (done, mut finished) = oneshot::channel();
         std::thread::Builder::new().name(format!("{role}-loop")).spawn(move || {
             unpark.bind_current_thread();
             // Nobody listens only if the process is ending anyway.
-            let _ = done.send(run(parts));
+            let _ = done.send(node_loop.run(parts));
         })?;
         let result = tokio::select! {
             result = &mut finished => result,
@@ -241,51 +317,7 @@ pub fn start(
         member.leave().await;
         result.context("the node's loop ended in a panic; its message is above")?
     })
-}
-
-fn load(options: &NodeOptions) -> anyhow::Result<(CpuEngine, KvPages)> {
-    let begun = Instant::now();
-    let mut load = LoadOptions { kv_dtype: options.kv_dtype, ..LoadOptions::default() };
-    if options.threads > 0 {
-        load.threads = options.threads;
     }
-    let engine = CpuEngine::load(&options.model, load)
-        .with_context(|| format!("model {}", options.model.display()))?;
-    let info = engine.info();
-    let page_bytes = info.kv.layers as usize * info.kv.layer_page_bytes();
-    let pages = u32::try_from(options.kv_memory / page_bytes).unwrap_or(u32::MAX);
-    let kv = KvPages::new(info.kv, pages).with_context(|| {
-        format!("--kv-memory {} bytes for pages of {page_bytes} bytes", options.kv_memory)
-    })?;
-    tracing::info!(
-        model = info.name,
-        architecture = info.architecture,
-        parameters = info.parameters,
-        kv_pages = pages,
-        kv_tokens = u64::from(pages) * u64::from(info.kv.page_tokens),
-        threads = load.threads,
-        seconds = begun.elapsed().as_secs_f32(),
-        "model loaded"
-    );
-    Ok((engine, kv))
-}
-
-/// Has the system provide the pages' memory before prompts need it, without disturbing those that do already.
-fn warm(kv: &KvPages) -> anyhow::Result<()> {
-    let (pieces, begun) = (kv.pieces(), Instant::now());
-    let warm = move || {
-        // Of this thread alone. At the usual priority it would merely be done sooner.
-        let _ = rustix::process::setpriority_process(None, 19);
-        for piece in pieces {
-            if let Err(error) = piece.populate() {
-                tracing::warn!(%error, "KV memory is taken as it is used: not all of it can be had beforehand");
-                return;
-            }
-        }
-        tracing::info!(seconds = begun.elapsed().as_secs_f32(), "KV memory is warm");
-    };
-    std::thread::Builder::new().name("kv-warm".into()).spawn(warm).context("a thread to warm KV memory")?;
-    Ok(())
 }
 
 fn reachable(bound: SocketAddr, options: &NodeOptions) -> anyhow::Result<SocketAddr> {

@@ -1,6 +1,6 @@
 //! What a node tells those who watch it, over HTTP: `/health`, `/ready`, `/metrics`, `/status`.
 
-use crate::Board;
+use crate::{Board, device};
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -48,6 +48,7 @@ pub(crate) struct Status {
 pub(crate) struct Running {
     pub(crate) hello: Hello,
     pub(crate) model: String,
+    pub(crate) device: device::Shown,
     pub(crate) paths: Vec<Path>,
     pub(crate) transport: NetObserver,
 }
@@ -109,7 +110,11 @@ impl Status {
             "checksum_mismatches": shown.checksum_mismatches,
             "stale_writes": shown.stale_writes,
         });
-        if let Some(Running { hello, model, paths, transport }) = self.running.get() {
+        if let Some(Running { hello, model, device, paths, transport }) = self.running.get() {
+            status["device"] = json!({"name": device.device.to_string(), "model": device.model});
+            if let Some((free, all)) = (device.memory)() {
+                status["device"]["memory_bytes"] = json!({"all": all, "free": free});
+            }
             status["node"] = hello.node.to_string().into();
             status["name"] = hello.name.as_str().into();
             status["model"] = json!({
@@ -132,15 +137,26 @@ impl Status {
             |out: &mut String, name: &str, help: &str, value: u64| single(out, name, "gauge", help, value);
         if let Some(running) = self.running.get() {
             let (node, role) = (running.hello.node.to_string(), self.role.to_string());
+            let device = running.device.device.to_string();
             let labels = [
                 ("node", node.as_str()),
                 ("name", &running.hello.name),
                 ("role", &role),
                 ("model", &running.model),
+                ("device", &device),
                 ("version", env!("CARGO_PKG_VERSION")),
             ];
             exposition::head(&mut out, "tandem_node_info", "gauge", "Who this is.");
             exposition::sample(&mut out, "tandem_node_info", &labels, 1);
+        }
+        if let Some((free, all)) = self.running.get().and_then(|running| (running.device.memory)()) {
+            gauge(&mut out, "tandem_node_gpu_memory_bytes", "Memory of the GPU.", all as u64);
+            gauge(
+                &mut out,
+                "tandem_node_gpu_memory_free_bytes",
+                "Memory of the GPU that nobody has.",
+                free as u64,
+            );
         }
         let is_ready = u64::from(self.not_ready().is_none());
         gauge(

@@ -2,7 +2,9 @@
 
 use clap::Parser;
 use prefill_node::{Limits, Node, Outbound};
-use tandem_node::{NodeOptions, Parts, start};
+use tandem_engine::Engine;
+use tandem_kernels::{Kernels, Paged};
+use tandem_node::{NodeLoop, NodeOptions, Parts, start};
 use tandem_process::units;
 use tandem_proto::wire::Role;
 
@@ -30,11 +32,24 @@ struct Config {
 
 fn main() -> anyhow::Result<()> {
     let config = tandem_process::parse::<Config>("TANDEM_PREFILL");
-    let (step_tokens, max_waiting, staging) = (config.step_tokens, config.max_waiting, config.staging_memory);
-    start(config.node, Role::Prefill, move |parts| {
-        let Parts { clock, cluster, inbox, transport, engine, kv, board } = parts;
-        let outbound = Outbound::new(clock, cluster, inbox, transport, *kv.shape(), staging)?;
-        Node::new(engine, kv, outbound, Limits { step_tokens, max_waiting }).showing(board).run();
-        Ok(())
-    })
+    let Config { node, staging_memory, step_tokens, max_waiting } = config;
+    start(node, Role::Prefill, Prefill { staging_memory, limits: Limits { step_tokens, max_waiting } })
+}
+
+struct Prefill {
+    staging_memory: usize,
+    limits: Limits,
+}
+
+impl NodeLoop for Prefill {
+    fn packed_memory(&self) -> usize {
+        self.staging_memory
+    }
+
+    fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
+        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board } = parts;
+        let (shape, staging) = (*kv.shape(), self.staging_memory);
+        let outbound = Outbound::new(clock, cluster, inbox, transport, kernels, shape, staging)?;
+        Node::new(engine, kv, outbound, self.limits).showing(board).run()
+    }
 }

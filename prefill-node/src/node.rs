@@ -5,8 +5,8 @@ use crate::prompt::Prompt;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use tandem_engine::sampling::{Sampler, SamplingError};
-use tandem_engine::{Engine, Sequence};
-use tandem_kernels::KvPages;
+use tandem_engine::{Engine, Progress, Sequence};
+use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, Next, Shown};
 use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId};
@@ -23,11 +23,11 @@ pub struct Limits {
 }
 
 /// A prefill node.
-pub struct Node {
-    engine: Box<dyn Engine>,
-    kv: KvPages,
+pub struct Node<E: Engine, K: Kernels<Pages = E::Pages>> {
+    engine: E,
+    kv: E::Pages,
     pool: PagePool,
-    outbound: Outbound,
+    outbound: Outbound<K>,
     limits: Limits,
     waiting: VecDeque<Box<Prompt>>,
     /// Prompts that hold pages, until their handoff is over.
@@ -63,10 +63,10 @@ struct Share {
     last: bool,
 }
 
-impl Node {
+impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     /// A node with an empty pool.
     #[must_use]
-    pub fn new(engine: Box<dyn Engine>, kv: KvPages, outbound: Outbound, limits: Limits) -> Node {
+    pub fn new(engine: E, kv: E::Pages, outbound: Outbound<K>, limits: Limits) -> Node<E, K> {
         let pool = PagePool::new(kv.pages());
         Node {
             engine,
@@ -85,18 +85,21 @@ impl Node {
 
     /// Shows its state there.
     #[must_use]
-    pub fn showing(mut self, board: Arc<Board>) -> Node {
+    pub fn showing(mut self, board: Arc<Board>) -> Node<E, K> {
         self.board = board;
         self
     }
 
     /// Runs until it is stopped, or drained and idle.
-    pub fn run(mut self) {
+    ///
+    /// # Errors
+    /// When its device failed.
+    pub fn run(mut self) -> anyhow::Result<()> {
         loop {
             match self.turn() {
                 Next::Again => {}
                 Next::Wait(until) => self.outbound.wait(until),
-                Next::Finished => return,
+                Next::Finished => return self.outbound.failed(),
             }
         }
     }
@@ -302,7 +305,8 @@ impl Node {
             })
             .collect();
         let outbound = &mut self.outbound;
-        let result = self.engine.step(&batch, &mut self.kv, &mut |layer, pages| {
+        let result = self.engine.step(&batch, &mut self.kv, &mut |progress, pages| {
+            let Progress::Layer(layer) = progress else { return outbound.turn(pages) };
             for share in &shares {
                 for chunk in share.start / kv.chunk_tokens..share.end.div_ceil(kv.chunk_tokens) {
                     outbound.ready(share.request, ChunkIdx(chunk), layer);

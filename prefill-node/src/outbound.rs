@@ -3,9 +3,9 @@
 use crate::prompt::Prompt;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use tandem_kernels::{CpuKernels, Kernels, KvPages};
+use tandem_kernels::{Converted, Kernels, PackError, Ticket};
 use tandem_memory::{Extent, HostRegion};
-use tandem_node::{Clock, Cluster, Inbox, NodeEvent, RouterLink};
+use tandem_node::{CONVERSION_POLL_US, Clock, Cluster, Inbox, NodeEvent, RouterLink};
 use tandem_proto::handoff::{Push, Sender, SenderAction, SenderConfig};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
@@ -14,17 +14,19 @@ use tandem_transport::{Event, SubmitError, Transport, Write};
 
 /// Everything that goes on between two layers of a step: it never touches the engine or the page pool, and
 /// leaves what concerns those (`arrived`, `ended`) for the node's loop to take.
-pub struct Outbound {
+pub struct Outbound<K: Kernels> {
     pub(crate) clock: Clock,
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
-    kernels: CpuKernels,
+    kernels: K,
     sender: Sender,
     shape: KvShape,
     staging: Staging,
-    /// A push that found no room in staging or in the transport's queue; taken up before any other.
-    held_back: Option<Push>,
+    /// What is being packed into which slot.
+    packing: HashMap<Ticket, (Push, Extent)>,
+    /// What found no room in the transport's queue.
+    packed: Vec<UnderWay>,
     under_way: HashMap<u64, UnderWay>,
     next_ticket: u64,
     handovers: BTreeMap<RequestId, Handover>,
@@ -38,7 +40,10 @@ pub struct Outbound {
     pub(crate) ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
     /// It must finish now.
     pub(crate) stopped: bool,
+    /// Why no more can be packed.
+    failed: Option<K::Error>,
     events: Vec<Event>,
+    converted: Vec<Converted>,
 }
 
 /// What the router sent, or that it is gone.
@@ -79,6 +84,7 @@ struct Handover {
     bytes: u64,
 }
 
+/// A packed layer, on its way.
 struct UnderWay {
     push: Push,
     digest: u64,
@@ -107,7 +113,7 @@ const WARM_BYTES: usize = 64 << 20;
 /// How long a decode node may take to be reached.
 const DIAL_TIMEOUT_US: u64 = 5_000_000;
 
-impl Outbound {
+impl<K: Kernels> Outbound<K> {
     /// Takes `staging_bytes` of memory, two layers at least, and registers it with the transport.
     ///
     /// # Errors
@@ -117,11 +123,12 @@ impl Outbound {
         cluster: Box<dyn Cluster>,
         inbox: Inbox,
         mut transport: Box<dyn Transport>,
+        kernels: K,
         shape: KvShape,
         staging_bytes: usize,
-    ) -> anyhow::Result<Outbound> {
+    ) -> anyhow::Result<Outbound<K>> {
         let slot_bytes = shape.packed_layer(LayerIdx(0), shape.chunk_tokens).len();
-        let region = HostRegion::map(staging_bytes.max(2 * slot_bytes))?;
+        let region = kernels.memory(staging_bytes.max(2 * slot_bytes))?;
         if let Err(error) = region.extent(0..region.len().min(WARM_BYTES))?.populate() {
             tracing::warn!(%error, "memory for staging is taken as it is used");
         }
@@ -131,11 +138,12 @@ impl Outbound {
             cluster,
             inbox,
             transport,
-            kernels: CpuKernels,
+            kernels,
             sender: Sender::new(shape, SenderConfig::default()),
             shape,
             staging: Staging::new(&region, slot_bytes)?,
-            held_back: None,
+            packing: HashMap::new(),
+            packed: Vec::new(),
             under_way: HashMap::new(),
             next_ticket: 0,
             handovers: BTreeMap::new(),
@@ -145,12 +153,14 @@ impl Outbound {
             arrived: VecDeque::new(),
             ended: VecDeque::new(),
             stopped: false,
+            failed: None,
             events: Vec::new(),
+            converted: Vec::new(),
         })
     }
 
     /// One turn: takes in what happened, and pushes as much as there is room for.
-    pub(crate) fn turn(&mut self, kv: &KvPages) {
+    pub(crate) fn turn(&mut self, kv: &K::Pages) {
         while let Some(event) = self.inbox.try_next() {
             self.on_event(event);
             if self.stopped {
@@ -164,6 +174,12 @@ impl Outbound {
         self.router.flush(&*self.cluster);
         self.act();
         self.push(kv);
+        self.submit_packed();
+    }
+
+    /// Why the node cannot go on, if it cannot.
+    pub(crate) fn failed(self) -> anyhow::Result<()> {
+        self.failed.map_or(Ok(()), |error| Err(anyhow::Error::new(error).context("layers cannot be packed")))
     }
 
     /// Waits for something to happen, until the deadline.
@@ -178,8 +194,10 @@ impl Outbound {
             Link::Connecting { until, .. } => Some(*until),
             Link::Up => None,
         });
-        let flush = self.router.next_flush(self.clock.now());
-        self.sender.next_timeout().into_iter().chain(dial).chain(flush).min()
+        let now = self.clock.now();
+        let packing = (!self.packing.is_empty()).then(|| now.after_us(CONVERSION_POLL_US));
+        let others = dial.chain(self.router.next_flush(now)).chain(packing);
+        self.sender.next_timeout().into_iter().chain(others).min()
     }
 
     /// The router, if it has accepted this node.
@@ -245,7 +263,7 @@ impl Outbound {
 
     /// Staging slots in use.
     pub(crate) fn staged(&self) -> usize {
-        self.under_way.len()
+        self.packing.len() + self.packed.len() + self.under_way.len()
     }
 
     /// Handoffs that are not over.
@@ -421,72 +439,98 @@ impl Outbound {
         }
     }
 
-    fn push(&mut self, kv: &KvPages) {
+    /// Packs what there is room for in staging.
+    fn push(&mut self, kv: &K::Pages) {
         while let Some(slot) = self.staging.free.pop() {
-            let Some(push) = self.held_back.take().or_else(|| self.sender.next_push()) else {
+            let Some(push) = self.sender.next_push() else {
                 self.staging.free.push(slot);
-                return;
+                break;
             };
-            if let Err(slot) = self.push_one(push, slot, kv) {
+            if let Err((slot, why)) = self.pack(push, slot, kv) {
                 self.staging.free.push(slot);
-                if self.held_back.is_some() {
-                    return;
-                }
+                self.sender.not_sent(self.clock.now(), push.request, &why);
                 self.act();
             }
         }
+        let mut converted = std::mem::take(&mut self.converted);
+        if let Err(error) = self.kernels.poll(&mut converted) {
+            tracing::error!(%error, "layers cannot be packed; stopping");
+            self.failed = Some(error);
+            self.stopped = true;
+        }
+        for Converted { ticket, checksum } in converted.drain(..) {
+            if let Some((push, slot)) = self.packing.remove(&ticket) {
+                self.packed.push(UnderWay { push, digest: checksum, slot });
+            }
+        }
+        self.converted = converted;
     }
 
-    /// Packs one layer and starts its write; gives the slot back if no write was started.
-    fn push_one(&mut self, push: Push, slot: Extent, kv: &KvPages) -> Result<(), Extent> {
-        let now = self.clock.now();
+    /// Begins to pack one layer; gives the slot back, and why, if that was refused.
+    fn pack(&mut self, push: Push, slot: Extent, kv: &K::Pages) -> Result<(), (Extent, String)> {
         let Some(Handover { pages, .. }) = self.handovers.get(&push.request) else {
-            self.sender.not_sent(now, push.request, "the request is over");
-            return Err(slot);
+            return Err((slot, "the request is over".to_owned()));
         };
         let first = (push.chunk.0 * self.shape.chunk_tokens / self.shape.page_tokens) as usize;
-        let count = self.shape.pages(push.tokens) as usize;
-        let source = slot.part(0..push.len).expect("a slot holds a layer of a full chunk");
-        let pages = &pages[first..first + count];
-        let digest = match self.kernels.pack(kv, push.layer, pages, push.tokens, staged_mut(&source)) {
-            Ok(digest) => digest,
-            Err(error) => {
-                self.sender.not_sent(now, push.request, &error.to_string());
-                return Err(slot);
-            }
-        };
-        let write = Write {
-            ticket: self.next_ticket,
-            source,
-            window: push.window,
-            offset: push.offset as u64,
-            immediate: push.immediate.to_bits(),
-        };
-        match self.transport.submit(push.to, write) {
+        let pages = &pages[first..first + self.shape.pages(push.tokens) as usize];
+        let out = slot.part(0..push.len).expect("a slot holds a layer of a full chunk");
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        match begin_to_pack(&mut self.kernels, ticket, kv, &push, pages, &out) {
             Ok(()) => {
-                let Push { request, chunk, layer, len, .. } = push;
-                tracing::trace!(%request, %chunk, %layer, bytes = len, ticket = self.next_ticket, "layer submitted");
-                self.under_way.insert(self.next_ticket, UnderWay { push, digest, slot });
-                self.next_ticket += 1;
+                self.packing.insert(ticket, (push, slot));
                 Ok(())
             }
-            Err(SubmitError::Full { .. }) => {
-                self.held_back = Some(push);
-                Err(slot)
+            Err(error) => Err((slot, error.to_string())),
+        }
+    }
+
+    /// Starts the writes of what is packed. What finds no room in its peer's queue is tried again later.
+    fn submit_packed(&mut self) {
+        for UnderWay { push, digest, slot } in std::mem::take(&mut self.packed) {
+            let Push { request, to, chunk, layer, len, .. } = push;
+            if self.sender.is_given_up(request) {
+                self.end_unsent(request, slot, "the request was given up");
+                continue;
             }
-            Err(error) => {
-                self.sender.not_sent(now, push.request, &error.to_string());
-                Err(slot)
+            let write = Write {
+                ticket: self.next_ticket,
+                source: slot.part(0..len).expect("it was packed there"),
+                window: push.window,
+                offset: push.offset as u64,
+                immediate: push.immediate.to_bits(),
+            };
+            match self.transport.submit(to, write) {
+                Ok(()) => {
+                    let ticket = self.next_ticket;
+                    tracing::trace!(%request, %chunk, %layer, bytes = len, ticket, "layer submitted");
+                    self.under_way.insert(ticket, UnderWay { push, digest, slot });
+                    self.next_ticket += 1;
+                }
+                Err(SubmitError::Full { .. }) => self.packed.push(UnderWay { push, digest, slot }),
+                Err(error) => self.end_unsent(request, slot, &error.to_string()),
             }
         }
     }
+
+    fn end_unsent(&mut self, request: RequestId, slot: Extent, why: &str) {
+        self.staging.free.push(slot);
+        self.sender.not_sent(self.clock.now(), request, why);
+        self.act();
+    }
 }
 
-/// The bytes of a staging slot that was taken from the free list.
+/// Begins to pack a layer into a staging slot that was taken from the free list.
 #[allow(unsafe_code)]
-#[allow(clippy::mut_from_ref)] // Being off the free list, not the borrow, makes it exclusive.
-fn staged_mut(extent: &Extent) -> &mut [u8] {
-    // SAFETY: a slot leaves the free list for one push and returns after the transport reported its write, so
-    // nobody else reads or writes these bytes now; the slice ends before the write is submitted.
-    unsafe { extent.bytes_mut() }
+fn begin_to_pack<K: Kernels>(
+    kernels: &mut K,
+    ticket: Ticket,
+    kv: &K::Pages,
+    push: &Push,
+    pages: &[PageId],
+    out: &Extent,
+) -> Result<(), PackError> {
+    // SAFETY: a slot leaves the free list for one push and returns after the kernels, and then the transport, have
+    // reported that they are done with it: so nobody else uses these bytes now.
+    unsafe { kernels.pack(ticket, kv, push.layer, pages, push.tokens, out) }
 }

@@ -4,7 +4,7 @@
 //!   the KV before it is right. Used by `tests/simulation.rs` and `tests/breaks.rs`.
 //! - [`processes`]: the real binaries, on loopback or on two hosts.
 //! - [`one_process`]: what they must answer.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod one_process;
 pub mod processes;

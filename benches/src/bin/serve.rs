@@ -14,6 +14,7 @@ use std::process::Command;
 use std::time::Instant;
 use tandem_engine::single::{GenRequest, SingleProcess};
 use tandem_engine::{CpuEngine, Engine, LoadOptions};
+use tandem_kernels::KvPages;
 use tandem_proto::ids::{ChoiceIdx, TokenId};
 use tandem_proto::wire::SamplingParams;
 use tandem_tests::processes::{Cluster, ClusterOptions};
@@ -54,7 +55,8 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let load = LoadOptions { threads: options.threads, ..LoadOptions::default() };
     let engine = CpuEngine::load(&options.model, load)?;
-    let mut ours = Ours { single: SingleProcess::new(engine, 16_384, STEP_TOKENS)?, prompts: 0 };
+    let kv = KvPages::new(engine.info().kv, 16_384)?;
+    let mut ours = Ours { single: SingleProcess::new(engine, kv, STEP_TOKENS), prompts: 0 };
     let cluster = if options.no_cluster { None } else { Some(start_cluster(&options)?) };
     let mut figures = Figures::default();
     for round in 0..options.rounds {

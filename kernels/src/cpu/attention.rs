@@ -248,8 +248,8 @@ impl<'a> Place<'a> {
 ///
 /// Pages lie anywhere, so the machine cannot guess the next. Lines are asked for in step with the work: all at once
 /// they would fill the core's queues, and its loads would wait for them. So each phase of a block asks for a part,
-/// as long as it lasts: the turning of keys for values, the scores for the first half of the keys, the weighted sum
-/// for the other half.
+/// as long as it lasts: the turning of keys for keys, which are needed first, the scores for the first half of the
+/// values, the weighted sum for the other half.
 #[derive(Clone, Copy)]
 struct Coming<'a> {
     place: Place<'a>,
@@ -268,10 +268,10 @@ impl<'a> Coming<'a> {
         self.place.page_tokens - (self.start + i) % self.place.page_tokens
     }
 
-    /// The key of its position number `i`; null beyond the last.
+    /// The value of its position number `i`; null beyond the last.
     #[inline(always)]
-    fn key(&self, i: usize) -> *const u8 {
-        if self.start + i < self.end { self.place.rows_at(self.start + i).0 } else { std::ptr::null() }
+    fn value(&self, i: usize) -> *const u8 {
+        if self.start + i < self.end { self.place.rows_at(self.start + i).1 } else { std::ptr::null() }
     }
 }
 
@@ -456,7 +456,7 @@ impl Work<'_> {
     }
 
     /// Turns the keys of a block, and finds its values, or copies them where they are not whole panels of
-    /// f32. Values that are found where they lie ask for keys of the block that is `asked` for.
+    /// f32. Values that are found where they lie ask for values of the block that is `asked` for.
     ///
     /// # Safety
     /// Pages hold these positions, and the scratch has room for a block.
@@ -485,7 +485,7 @@ impl Work<'_> {
                 match E::as_f32(v) {
                     Some(v) if dim == wide => {
                         // Half as many rows as it has itself, after those that the scores ask for.
-                        let next = asked.map_or(std::ptr::null(), |block| block.key(BLOCK / 2 + i / 2));
+                        let next = asked.map_or(std::ptr::null(), |block| block.value(BLOCK / 2 + i / 2));
                         found.push(Segment { next, ..Segment::new(v, run) });
                     }
                     _ => {
@@ -531,7 +531,7 @@ impl Work<'_> {
 /// Pieces of [`Ahead`]: a block's keys and values in pages of sixteen tokens or more.
 const AHEAD_PIECES: usize = 2 * BLOCK / LANES;
 
-/// What the turning of keys asks for: values, and keys too where nothing else asks for them.
+/// What the turning of keys asks for: keys, and values too where nothing else asks for them.
 struct Ahead {
     pieces: [(*const u8, usize); AHEAD_PIECES],
     count: usize,
@@ -540,17 +540,17 @@ struct Ahead {
 
 impl Ahead {
     #[inline(always)]
-    fn new(coming: Option<Coming<'_>>, keys: bool) -> Ahead {
+    fn new(coming: Option<Coming<'_>>, values: bool) -> Ahead {
         let mut ahead = Ahead { pieces: [(std::ptr::null(), 0); AHEAD_PIECES], count: 0, step: 0 };
         let Some(Coming { place, start, end }) = coming else { return ahead };
         let mut position = start;
         while position < end && ahead.count + 2 <= AHEAD_PIECES {
             let (k, v, run) = place.rows_at(position);
             let run = run.min(end - position);
-            ahead.pieces[ahead.count] = (v, run * place.row_bytes());
+            ahead.pieces[ahead.count] = (k, run * place.row_bytes());
             ahead.count += 1;
-            if keys {
-                ahead.pieces[ahead.count] = (k, run * place.row_bytes());
+            if values {
+                ahead.pieces[ahead.count] = (v, run * place.row_bytes());
                 ahead.count += 1;
             }
             position += run;
@@ -572,7 +572,7 @@ impl Ahead {
     }
 }
 
-/// The turned keys of a block, in segments that ask for the first half of the next keys as they are multiplied.
+/// The turned keys of a block, in segments that ask for the first half of the next values as they are multiplied.
 struct Keys {
     segments: [Segment<f32>; BLOCK / 2],
     count: usize,
@@ -593,7 +593,7 @@ impl Keys {
             // Heads are whole panels here, so rows are whole lines and half a block's steps divide evenly.
             let (first, steps) = (row * dim / (BLOCK / 2), run * dim / (BLOCK / 2));
             let segment = Segment::new(keys.wrapping_add(first * PANEL), steps);
-            found.segments[found.count] = Segment { next: coming.key(row), ..segment };
+            found.segments[found.count] = Segment { next: coming.value(row), ..segment };
             found.count += 1;
             row += run;
         }

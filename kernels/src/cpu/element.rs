@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use tandem_proto::layout::KvDtype;
 
 /// How a number is stored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Dtype {
     /// IEEE single precision.
     F32,

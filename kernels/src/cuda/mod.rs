@@ -2,13 +2,22 @@
 //!
 //! - [`CudaKernels`]: the kernels, loaded into a GPU once.
 //! - [`DevicePages`]: pages of that GPU, or of one that it reaches, in any [`PagedLayout`].
+//! - [`KvDevicePages`]: the paged KV that a node owns, as the CPU's [`crate::KvPages`].
+//! - [`CudaPacker`]: [`crate::Kernels`] for those.
 //! - [`Plan`]: chunks whose pages and places the GPU knows. It is set once, then moves any range of layers by one
 //!   launch, on a stream, and waits for nothing.
 //!
 //! `convert.cu` has the kernels; [`PagedLayout::pack`] is what they must do.
 
+mod blas;
+mod compute;
+mod packer;
+mod pages;
 mod plan;
 
+pub use compute::{Compute, Fetched, Graph, MAX_HEAD_DIM, Matrix, Numbers, Rows, Source, Turn, Work};
+pub use packer::CudaPacker;
+pub use pages::KvDevicePages;
 pub use plan::{Checksums, Chunk, Place, PlacesOf, Plan, PlanError, PlanLimits, Share};
 
 use crate::layout::PagedLayout;
@@ -16,6 +25,33 @@ use cudarc::driver::{CudaFunction, CudaModule};
 use cudarc::nvrtc::Ptx;
 use std::sync::Arc;
 use tandem_memory::cuda::{CudaError, Device, DeviceExtent};
+
+/// Why a GPU cannot compute.
+#[derive(Debug, thiserror::Error)]
+pub enum ComputeError {
+    /// The GPU.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
+    /// There is no cuBLASLt.
+    #[error(
+        "cuBLASLt was not found: install CUDA's libraries, or put their folder into LD_LIBRARY_PATH; tried {tried}"
+    )]
+    NoBlas {
+        /// Under which names.
+        tried: String,
+    },
+    /// cuBLASLt refused.
+    #[error("cuBLASLt cannot {what}: {status}")]
+    Blas {
+        /// What it was asked to do.
+        what: String,
+        /// What it said.
+        status: String,
+    },
+    /// Work that needs new memory cannot be recorded.
+    #[error("work that takes memory cannot be recorded as a graph")]
+    Capture,
+}
 
 /// Threads of a block.
 const BLOCK: u32 = 256;

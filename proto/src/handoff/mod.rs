@@ -13,7 +13,8 @@
 //!
 //! Rules that both sides keep:
 //! - A slot has one lease at a time, and each lease an epoch of its own. It is freed only after `ChunkDone`
-//!   with every layer landed, after `Fenced`, or after the transport severed the peer.
+//!   with every layer landed, after `Fenced`, or after the transport severed the peer; and never while one of its layers
+//!   is being scattered.
 //! - Resources are taken in one order, the prefill node's pages, then the decode node's pages, then slots, and
 //!   whoever holds a slot can always fill it: so no two requests wait for each other.
 //! - The sender answers every `Cancel` with `Fenced`, for requests it never heard of too.

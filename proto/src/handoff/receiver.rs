@@ -74,7 +74,8 @@ pub enum ReceiverAction {
         /// A lease for each of these chunks.
         leases: Vec<(ChunkIdx, LeaseToken)>,
     },
-    /// A layer has landed: move it to the pages, then call [`Receiver::scattered`] with its checksum.
+    /// A layer has landed: move it to the pages, then call [`Receiver::scattered`] with its checksum, or
+    /// [`Receiver::not_scattered`], whatever happens to the request meanwhile.
     Scatter {
         /// The lease under which it landed.
         token: LeaseToken,
@@ -83,7 +84,7 @@ pub enum ReceiverAction {
         /// Which layer.
         layer: LayerIdx,
     },
-    /// The slot's lease is over: close its window.
+    /// The slot's lease is over, or only waits for layers that are being scattered: close its window.
     Close {
         /// The lease.
         token: LeaseToken,
@@ -102,7 +103,8 @@ pub enum ReceiverAction {
         /// The first token of each choice.
         first: Vec<Sampled>,
     },
-    /// The request will not arrive: free its pages and tell the router why, if there is an error.
+    /// The request will not arrive: tell the router why, if there is an error, and free its pages as soon as nothing of
+    /// it [is scattered](Receiver::is_scattering).
     Drop {
         /// Which request.
         request: RequestId,
@@ -151,6 +153,7 @@ struct EarlyOffer {
 struct Slot {
     /// The current or last lease's epoch.
     epoch: SlotEpoch,
+    /// Also one that is over, while its layers are scattered.
     lease: Option<Held>,
 }
 
@@ -163,6 +166,10 @@ struct Held {
     digests: Vec<Option<u64>>,
     /// What the sender says the checksums are.
     sent: Option<Vec<u64>>,
+    /// Layers that the node was told to scatter and has not reported. The slot is not free before this is 0.
+    scattering: u32,
+    /// Nothing lands under the lease any more, and its request does not hold it.
+    over: bool,
 }
 
 impl Receiver {
@@ -221,7 +228,7 @@ impl Receiver {
         let immediate = Immediate::from_bits(bits);
         let current = self.slots.get_mut(immediate.slot.0 as usize).and_then(|slot| {
             let epoch = slot.epoch;
-            slot.lease.as_mut().filter(|_| immediate.is_of(epoch)).map(|held| (epoch, held))
+            slot.lease.as_mut().filter(|held| immediate.is_of(epoch) && !held.over).map(|held| (epoch, held))
         });
         let Some((epoch, held)) = current else {
             self.stats.stale += 1;
@@ -235,6 +242,7 @@ impl Receiver {
         };
         *landed = true;
         if incoming.phase == Phase::Landing {
+            held.scattering += 1;
             let token = LeaseToken { slot: immediate.slot, epoch, request: held.request };
             let action = ReceiverAction::Scatter { token, chunk: held.chunk, layer: immediate.layer };
             self.actions.push_back(action);
@@ -245,8 +253,24 @@ impl Receiver {
     pub fn scattered(&mut self, now: Time, token: LeaseToken, layer: LayerIdx, digest: u64) {
         if let Some(held) = self.held_mut(token) {
             held.digests[layer.0 as usize] = Some(digest);
+            self.scatter_ended(token);
             self.verify(now, token);
+        } else {
+            self.scatter_ended(token);
         }
+    }
+
+    /// A landed layer could not be moved to the pages.
+    pub fn not_scattered(&mut self, now: Time, token: LeaseToken, why: &str) {
+        self.give_up(now, token.request, Some(RequestError::Internal(why.to_owned())));
+        self.scatter_ended(token);
+    }
+
+    /// Whether the node was told to scatter layers to the request's pages, and has not reported all of them.
+    #[must_use]
+    pub fn is_scattering(&self, request: RequestId) -> bool {
+        let mut leases = self.slots.iter().filter_map(|slot| slot.lease.as_ref());
+        leases.any(|held| held.request == request && held.scattering > 0)
     }
 
     /// A message of a prefill node.
@@ -420,11 +444,24 @@ impl Receiver {
         self.requests.iter().filter(|(_, i)| i.from == peer).map(|(request, _)| *request).collect()
     }
 
-    /// The slot's lease, if it is still this one.
+    /// The slot's lease, if it is still this one and not over.
     fn held_mut(&mut self, token: LeaseToken) -> Option<&mut Held> {
+        self.lease_mut(token).filter(|held| !held.over)
+    }
+
+    fn lease_mut(&mut self, token: LeaseToken) -> Option<&mut Held> {
         let slot = self.slots.get_mut(token.slot.0 as usize)?;
         let current = slot.epoch == token.epoch;
         slot.lease.as_mut().filter(|held| current && held.request == token.request)
+    }
+
+    fn scatter_ended(&mut self, token: LeaseToken) {
+        let Some(held) = self.lease_mut(token) else { return };
+        held.scattering -= 1;
+        if held.over {
+            self.free_if_idle(token.slot);
+            self.grant();
+        }
     }
 
     fn offered(&mut self, now: Time, from: NodeId, request: RequestId, tokens: u32) {
@@ -463,6 +500,8 @@ impl Receiver {
                     landed: vec![false; layers],
                     digests: vec![None; layers],
                     sent: None,
+                    scattering: 0,
+                    over: false,
                 });
                 incoming.held.insert(id);
                 incoming.granted += 1;
@@ -490,45 +529,37 @@ impl Receiver {
             return;
         }
         held.sent = Some(digests);
-        if matches!(self.requests[&token.request].phase, Phase::Fencing { .. }) {
-            // Nothing is in flight to this slot: it need not wait for the request's `Fenced`.
-            self.free_slot(token.slot);
-            if self.requests[&token.request].held.is_empty() {
-                self.requests.remove(&token.request);
-            }
-            self.grant();
-        } else {
-            self.verify(now, token);
-        }
+        self.verify(now, token);
     }
 
-    /// Frees the slot once every layer has landed, was scattered, and is what was sent.
+    /// The sender has said what it sent to the slot: frees it once every layer has landed, was scattered, and is that.
     fn verify(&mut self, now: Time, token: LeaseToken) {
         let Some(held) = self.held_mut(token) else { return };
         let Some(sent) = &held.sent else { return };
         let chunk = held.chunk;
+        let complete = held.digests.iter().all(Option::is_some);
         let differs =
             sent.iter().zip(&held.digests).position(|(sent, got)| got.is_some_and(|got| got != *sent));
-        if let Some(layer) = differs {
+        let incoming = self.requests.get_mut(&token.request).expect("it holds the slot");
+        if matches!(incoming.phase, Phase::Fencing { .. }) {
+            // Nothing is in flight to this slot: it need not wait for the request's `Fenced`.
+            self.end_lease(token.slot);
+            if self.requests[&token.request].held.is_empty() {
+                self.requests.remove(&token.request);
+            }
+            self.grant();
+        } else if let Some(layer) = differs {
             self.stats.corrupt += 1;
             let why =
                 format!("chunk {chunk}, layer {layer} landed with another digest than it was sent with");
             self.give_up(now, token.request, Some(RequestError::Corrupt(why)));
-            return;
-        }
-        if held.digests.iter().any(Option::is_none) {
-            return;
-        }
-        self.stats.verified += 1;
-        self.free_slot(token.slot);
-        let incoming = self.requests.get_mut(&token.request).expect("it held the slot");
-        if incoming.phase == Phase::Landing {
+        } else if complete {
+            self.stats.verified += 1;
             incoming.verified += 1;
+            self.end_lease(token.slot);
             self.finish_if_complete(token.request);
-        } else if incoming.held.is_empty() {
-            self.requests.remove(&token.request);
+            self.grant();
         }
-        self.grant();
     }
 
     fn finish_if_complete(&mut self, request: RequestId) {
@@ -552,7 +583,7 @@ impl Receiver {
         let dropped = matches!(incoming.phase, Phase::Fencing { .. });
         let held = std::mem::take(&mut incoming.held);
         for slot in held {
-            self.free_slot(slot);
+            self.end_lease(slot);
         }
         self.requests.remove(&request);
         self.waiting.retain(|waiting| *waiting != request);
@@ -562,15 +593,24 @@ impl Receiver {
         self.grant();
     }
 
-    fn free_slot(&mut self, id: SlotId) {
+    /// The peer writes the slot no more: it is free as soon as nothing reads it here.
+    fn end_lease(&mut self, id: SlotId) {
         let slot = &mut self.slots[id.0 as usize];
-        let held = slot.lease.take().expect("only leased slots are freed");
+        let held = slot.lease.as_mut().expect("only leased slots are freed");
+        held.over = true;
         let token = LeaseToken { slot: id, epoch: slot.epoch, request: held.request };
         if let Some(incoming) = self.requests.get_mut(&held.request) {
             incoming.held.remove(&id);
         }
-        self.free.push(id);
         self.actions.push_back(ReceiverAction::Close { token });
+        self.free_if_idle(id);
+    }
+
+    fn free_if_idle(&mut self, id: SlotId) {
+        let slot = &mut self.slots[id.0 as usize];
+        if slot.lease.take_if(|held| held.over && held.scattering == 0).is_some() {
+            self.free.push(id);
+        }
     }
 }
 

@@ -205,6 +205,12 @@ impl Sender {
         None
     }
 
+    /// Whether the request was given up, or is over: what is not yet written of it need not be.
+    #[must_use]
+    pub fn is_given_up(&self, request: RequestId) -> bool {
+        self.requests.get(&request).is_none_or(|outgoing| outgoing.draining.is_some())
+    }
+
     /// A push has landed; `digest` is the checksum of the bytes that were written.
     pub fn sent(&mut self, request: RequestId, chunk: ChunkIdx, layer: LayerIdx, digest: u64) {
         let layers = self.shape.layers;

@@ -31,16 +31,22 @@ pub enum Break {
     CancelUnanswered,
     /// The decode node leaves windows open when leases end, and takes writes of old leases for the current one.
     StaleEpochAccepted,
+    /// The prefill node writes layers that are still being packed.
+    SentBeforePacked,
+    /// The decode node frees slots, and decodes from pages, while layers are still being scattered.
+    SlotFreedWhileRead,
 }
 
 impl Break {
     /// All of them.
-    pub const ALL: [Break; 5] = [
+    pub const ALL: [Break; 7] = [
         Break::SlotFreedEarly,
         Break::FencedTooSoon,
         Break::DoneBeforeAllBytes,
         Break::CancelUnanswered,
         Break::StaleEpochAccepted,
+        Break::SentBeforePacked,
+        Break::SlotFreedWhileRead,
     ];
 }
 
@@ -49,6 +55,8 @@ impl Break {
 pub(super) struct Seen {
     /// `sever` calls: who cut whom.
     pub(super) severs: Vec<(NodeId, NodeId)>,
+    /// Rules that somebody else saw broken.
+    pub(super) violations: Vec<String>,
     /// Writes that arrived at a closed window: somebody freed memory that was still written.
     pub(super) refused: Vec<NodeId>,
     /// Nodes with events that the network does not know of.

@@ -9,6 +9,7 @@
 
 mod breaks;
 mod chance;
+mod kernels;
 mod model;
 mod router;
 mod world;

@@ -1,6 +1,7 @@
 //! A model whose KV is a chain of hashes and whose next token depends on every byte of it.
 
-use tandem_engine::{Engine, EngineError, Logits, ModelInfo, Sequence};
+use super::kernels::SimPages;
+use tandem_engine::{Engine, EngineError, Logits, ModelInfo, Progress, Sequence};
 use tandem_kernels::KvPages;
 use tandem_proto::ids::{LayerIdx, PageId, TokenId};
 use tandem_proto::keys::Fingerprint;
@@ -99,6 +100,8 @@ fn read(kv: &KvPages, pages: &[PageId], position: u32, (layer, head, value): (u3
 }
 
 impl Engine for ChainEngine {
+    type Pages = SimPages;
+
     fn info(&self) -> &ModelInfo {
         &self.info
     }
@@ -106,14 +109,15 @@ impl Engine for ChainEngine {
     fn step(
         &mut self,
         batch: &[Sequence<'_>],
-        kv: &mut KvPages,
-        layer_done: &mut dyn FnMut(LayerIdx, &KvPages),
+        kv: &mut SimPages,
+        progress: &mut dyn FnMut(Progress, &SimPages),
     ) -> Result<Logits, EngineError> {
+        let before_step = kv.lock();
         let chains: Vec<Vec<u64>> = batch
             .iter()
             .map(|sequence| {
                 let mut before = match sequence.start.checked_sub(1) {
-                    Some(position) => read(kv, sequence.pages, position, (0, 0, false)),
+                    Some(position) => read(&before_step, sequence.pages, position, (0, 0, false)),
                     None => 0,
                 };
                 let chain_on = |token: &TokenId| {
@@ -124,18 +128,24 @@ impl Engine for ChainEngine {
                 sequence.tokens.iter().map(chain_on).collect()
             })
             .collect();
+        drop(before_step);
         for layer in 0..SHAPE.layers {
+            let mut pages = kv.lock();
             for (sequence, chains) in batch.iter().zip(&chains) {
                 for (position, chain) in (sequence.start..).zip(chains) {
                     let (page, at) = place(sequence.pages, position);
                     for (_, head, value) in rows().filter(|(of, ..)| *of == layer) {
                         let bytes = row(*chain, layer, head, value);
-                        kv.head_mut(LayerIdx(layer), page, head, value)[at.clone()].copy_from_slice(&bytes);
+                        pages.head_mut(LayerIdx(layer), page, head, value)[at.clone()]
+                            .copy_from_slice(&bytes);
                     }
                 }
             }
-            layer_done(LayerIdx(layer), kv);
+            drop(pages);
+            progress(Progress::Layer(LayerIdx(layer)), kv);
         }
+        progress(Progress::Waiting, kv);
+        let pages = kv.lock();
         let logits: Vec<f32> = batch
             .iter()
             .filter(|sequence| sequence.logits)
@@ -144,7 +154,7 @@ impl Engine for ChainEngine {
                 let digest = (0..end)
                     .flat_map(|position| rows().map(move |place| (position, place)))
                     .fold(0, |digest, (position, place)| {
-                        mix(digest, read(kv, sequence.pages, position, place))
+                        mix(digest, read(&pages, sequence.pages, position, place))
                     });
                 let mut logits = vec![0.0; VOCAB as usize];
                 logits[next_token(digest).0 as usize] = 1.0;

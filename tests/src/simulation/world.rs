@@ -2,11 +2,11 @@
 
 use super::breaks::{Break, SharedSeen, SimCluster, WatchedTransport, claim_landed};
 use super::chance::Rng;
+use super::kernels::{SimKernels, SimPages};
 use super::model::{ChainEngine, SHAPE};
 use super::router::{End, GENERATION_TIMEOUT_MS, Plan, Requests, prompt};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use tandem_kernels::KvPages;
 use tandem_node::{Clock, ClockHand, Next, NodeEvent, inbox};
 use tandem_proto::ids::{NodeId, Time};
 use tandem_proto::wire::{self, Handoff, Message, RequestError};
@@ -31,11 +31,14 @@ pub struct Weather {
     partitions: bool,
     /// That a write has landed is sometimes noticed late, after the messages that followed it.
     late_completions: bool,
+    /// Packing and scattering take their time.
+    slow_kernels: bool,
 }
 
 impl Weather {
     /// The weather of a seed: one in four has only small delays, one has lossy links and impatient clients, one
-    /// has crashes, partitions and broken connections, and one flips bits.
+    /// has crashes, partitions and broken connections, and one flips bits. Each is played with kernels that are done at
+    /// once and with such that take their time.
     #[must_use]
     pub fn of(seed: u64) -> Weather {
         let fair = SimConfig { write_limit: 8, detect_us: 450_000..=900_000, ..SimConfig::default() };
@@ -46,6 +49,7 @@ impl Weather {
             crashes: false,
             partitions: false,
             late_completions: false,
+            slow_kernels: seed / 4 % 2 == 1,
         };
         let restless =
             Weather { network: rough.clone(), cancels: true, late_completions: true, ..calm.clone() };
@@ -93,8 +97,8 @@ struct Actor {
 }
 
 enum Kind {
-    Prefill(prefill_node::Node),
-    Decode(decode_node::Node),
+    Prefill(prefill_node::Node<ChainEngine, SimKernels>),
+    Decode(decode_node::Node<ChainEngine, SimKernels>),
 }
 
 struct World {
@@ -175,26 +179,48 @@ impl World {
             seen: Arc::clone(&self.seen),
             broken: self.broken,
         });
-        let engine = Box::new(ChainEngine::new(MAX_POSITIONS));
+        let kernels = SimKernels {
+            node,
+            clock: self.clock.clone(),
+            seen: Arc::clone(&self.seen),
+            broken: self.broken,
+            slow: self.weather.slow_kernels.then(|| Rng(self.rng.next())),
+            begun: Vec::new(),
+        };
+        let engine = ChainEngine::new(MAX_POSITIONS);
         let layer_bytes = SHAPE.packed_bytes(SHAPE.chunk_tokens) / SHAPE.layers as usize;
         let clock = self.clock.clone();
         let kind = if prefill {
             let pages = self.rng.between(30, 60) as u32;
-            let kv = KvPages::new(SHAPE, pages).expect("a small pool");
+            let kv = SimPages::new(pages);
             let staging = self.rng.between(2, 6) as usize * layer_bytes;
-            let outbound =
-                prefill_node::Outbound::new(clock, cluster, inbox, Box::new(transport), SHAPE, staging)
-                    .expect("memory");
+            let outbound = prefill_node::Outbound::new(
+                clock,
+                cluster,
+                inbox,
+                Box::new(transport),
+                kernels,
+                SHAPE,
+                staging,
+            )
+            .expect("memory");
             let step_tokens = SHAPE.chunk_tokens * self.rng.between(1, 4) as u32;
             let limits = prefill_node::Limits { step_tokens, max_waiting: 64 };
             Kind::Prefill(prefill_node::Node::new(engine, kv, outbound, limits))
         } else {
             let pages = self.rng.between(45, 90) as u32;
-            let kv = KvPages::new(SHAPE, pages).expect("a small pool");
+            let kv = SimPages::new(pages);
             let landing = self.rng.between(2, 8) as usize * SHAPE.packed_bytes(SHAPE.chunk_tokens);
-            let inbound =
-                decode_node::Inbound::new(clock, cluster, inbox, Box::new(transport), SHAPE, landing)
-                    .expect("memory");
+            let inbound = decode_node::Inbound::new(
+                clock,
+                cluster,
+                inbox,
+                Box::new(transport),
+                kernels,
+                SHAPE,
+                landing,
+            )
+            .expect("memory");
             let limits = decode_node::Limits { max_requests: 64, max_batch: self.rng.between(2, 9) as usize };
             Kind::Decode(decode_node::Node::new(engine, kv, inbound, limits))
         };
@@ -511,6 +537,7 @@ impl World {
             }
         }
         let seen = self.seen.lock().expect("one thread");
+        self.requests.violations.extend(seen.violations.iter().cloned());
         for writer in &seen.refused {
             let what = format!("a write of {writer:?} was refused: its slot was freed while it was written");
             self.requests.violations.push(what);

@@ -3,9 +3,17 @@
 //!
 //! `cargo run --release -p tandem-engine --example speed -- MODEL_DIR [THREADS [ISA [f32|f16|bf16]]]`: the last is how keys and
 //! values are stored.
+//!
+//! With feature `cuda`: `... --features cuda --example speed -- MODEL_DIR --device cuda:N`, or `--shape 8b` instead of a
+//! model, for made up weights in the shape of Llama 3 8B.
+
+#[cfg(feature = "cuda")]
+mod gpu;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+#[cfg(feature = "cuda")]
+use tandem_engine::LoadFormat;
 use tandem_engine::{CpuEngine, Engine, Isa, LoadOptions, Sequence};
 use tandem_kernels::KvPages;
 use tandem_kernels::cpu::Cpu;
@@ -17,9 +25,29 @@ const CONTEXT: u32 = 512;
 /// Each figure is the median of runs within so much time.
 const TIME: Duration = Duration::from_secs(3);
 
+const USAGE: &str = "usage: speed MODEL_DIR [THREADS [ISA [f32|f16|bf16]]], or speed (MODEL_DIR | --shape 8b) --device cuda:N";
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut arguments = std::env::args().skip(1);
-    let dir = PathBuf::from(arguments.next().ok_or("usage: speed MODEL_DIR [THREADS [ISA [f32|f16|bf16]]]")?);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    #[cfg(feature = "cuda")]
+    if let Some(at) = arguments.iter().position(|argument| argument == "--device") {
+        let ordinal = arguments.get(at + 1).and_then(|device| device.strip_prefix("cuda:")).ok_or(USAGE)?;
+        let ordinal = ordinal.parse()?;
+        return match arguments[..at].iter().map(String::as_str).collect::<Vec<_>>()[..] {
+            ["--shape", "8b"] => {
+                let dir = std::env::temp_dir().join(format!("tandem-8b-{}", std::process::id()));
+                std::fs::create_dir_all(&dir)?;
+                std::fs::write(dir.join("config.json"), gpu::SHAPE_8B)?;
+                let done = gpu::run(&dir, LoadFormat::Dummy, ordinal);
+                std::fs::remove_dir_all(&dir)?;
+                done
+            }
+            [dir] => gpu::run(dir.as_ref(), LoadFormat::Files, ordinal),
+            _ => Err(USAGE.into()),
+        };
+    }
+    let mut arguments = arguments.into_iter();
+    let dir = PathBuf::from(arguments.next().ok_or(USAGE)?);
     let mut options = LoadOptions::default();
     if let Some(threads) = arguments.next() {
         options.threads = threads.parse()?;
