@@ -148,7 +148,7 @@ fn attention_agrees_with_plain_loops() {
     for index in 0..cases as usize {
         let case = Case::draw(&mut random, index);
         let error = check(&device, &case, &mut random);
-        let flash = matches!(case.heads.head_dim, 64 | 128) && case.shape.page_tokens % 16 == 0;
+        let flash = matches!(case.heads.head_dim, 64 | 128) && case.shape.page_tokens.is_multiple_of(16);
         let kind = format!("{:?} {}", case.dtype, if flash { case.heads.head_dim } else { 0 });
         let allowed = match case.dtype {
             Dtype::F32 => 2e-5,

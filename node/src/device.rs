@@ -8,8 +8,7 @@ use std::str::FromStr;
 pub enum Device {
     /// The cores of this host.
     Cpu,
-    /// An NVIDIA GPU, counted as `CUDA_VISIBLE_DEVICES` shows them.
-    #[cfg(feature = "cuda")]
+    /// An NVIDIA GPU, counted as `CUDA_VISIBLE_DEVICES` shows them. Builds without CUDA refuse its name.
     Cuda(usize),
 }
 
@@ -35,7 +34,6 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Cpu => f.write_str("cpu"),
-            #[cfg(feature = "cuda")]
             Device::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
         }
     }

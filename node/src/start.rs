@@ -217,6 +217,8 @@ pub fn start(options: NodeOptions, role: Role, node_loop: impl NodeLoop) -> anyh
             let loaded = load::on_gpu(&started.options, ordinal, node_loop.packed_memory())?;
             started.serve(loaded, node_loop)
         }
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => anyhow::bail!("this build has no CUDA: build it with --features cuda, or use --device cpu"),
     }
 }
 

@@ -75,6 +75,8 @@ fn main() -> anyhow::Result<()> {
         Device::Cpu => measure(on_cpu(&model, format, &options)?, &model, &options),
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => measure(on_gpu(&model, format, ordinal, &options)?, &model, &options),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(_) => anyhow::bail!("this build has no CUDA: build it with --features cuda"),
     };
     if let Some(made_up) = made_up {
         std::fs::remove_dir_all(made_up)?;
@@ -273,6 +275,9 @@ fn cluster_times(cluster: &Cluster, prompt: &[TokenId]) -> anyhow::Result<Times>
 fn explain(cluster: &mut Cluster) {
     for node in ["prefill-0", "decode-0"] {
         let lines = cluster.process(node).log_lines();
+        for line in lines.iter().filter(|line| !line["path"].is_null()) {
+            println!("  {node}: {} {} {}", line["message"], line["path"], line["why_not"]);
+        }
         let last = lines.iter().rev().find_map(|line| line["request"].as_str().map(str::to_owned));
         let Some(last) = last else { continue };
         let mut said = Vec::new();
