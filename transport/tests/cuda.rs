@@ -61,7 +61,8 @@ fn ends(test: &str) -> Option<[End; 2]> {
     }
     std::fs::remove_dir_all(std::env::temp_dir().join(format!("tandem-cuda-{}-{test}", std::process::id())))
         .unwrap();
-    (writer.events.clear(), reader.events.clear());
+    writer.events.clear();
+    reader.events.clear();
     Some([writer, reader])
 }
 
