@@ -5,6 +5,8 @@ use crate::suite::{Cluster, Setup};
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 use std::time::Duration;
 use tandem_memory::HostRegion;
 #[cfg(feature = "cuda")]
@@ -85,13 +87,24 @@ impl<S: Shape> Shape for Twins<S> {
     }
 
     fn missing() -> Option<String> {
-        Device::open(0).err().map(|error| error.to_string())
+        gpus().as_ref().err().cloned()
     }
 
     fn memory(node: usize, len: usize) -> Arc<HostRegion> {
-        let gpu = Device::open(node % Device::count().unwrap()).unwrap();
-        HostRegion::with_twin(&gpu, len).unwrap()
+        let gpus = gpus().as_ref().unwrap();
+        HostRegion::with_twin(&gpus[node % gpus.len()], len).unwrap()
     }
+}
+
+/// Opened once, as by a node, and kept: else the driver makes and ends contexts, slowly, while tests beside it time
+/// what they do.
+#[cfg(feature = "cuda")]
+fn gpus() -> &'static Result<Vec<Arc<Device>>, String> {
+    static GPUS: OnceLock<Result<Vec<Arc<Device>>, String>> = OnceLock::new();
+    GPUS.get_or_init(|| {
+        let opened = Device::count().and_then(|count| (0..count).map(Device::open).collect());
+        opened.map_err(|error| error.to_string())
+    })
 }
 
 pub(crate) struct QuicAlone;
