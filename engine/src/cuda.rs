@@ -51,8 +51,13 @@ impl Default for CudaOptions {
 
 /// A model on a GPU.
 ///
-/// Products are cuBLASLt's, which chooses how to sum by the number of rows: so bits of a row's logits depend on how
-/// many rows were computed with it, as they do not on the CPU.
+/// Bits of a row's logits may depend on how many rows were computed with it, as they do not on the CPU: products of up to
+/// 16 rows sum in an order of their own, but those of more are cuBLASLt's, which chooses how to sum by the number of rows,
+/// and decode attention shares a sequence's keys out by how many sequences there are.
+///
+/// A decode batch of up to 256 sequences is filled up to the next of 16 sizes and recorded as a graph, so there are 16
+/// graphs at most. They name activations that every step uses, and have none of their own; when those are replaced by
+/// larger ones, or the pages are others, all graphs are dropped.
 pub struct CudaEngine {
     backend: CudaBackend,
     model: Model<CudaBackend>,
@@ -60,7 +65,7 @@ pub struct CudaEngine {
     graphs: Option<Graphs>,
 }
 
-/// Recorded decode steps, by their rows. Good as long as nothing that they name has moved.
+/// Recorded decode steps, by their rows, which are of [`GRAPH_ROWS`]. Good as long as nothing that they name has moved.
 #[derive(Default)]
 struct Graphs {
     /// None, where a step of so many rows was computed once, and so has taken the memory that it needs.

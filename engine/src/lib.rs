@@ -8,8 +8,9 @@
 //! - [`single`]: a whole generation in one process, as a reference.
 //!
 //! On the CPU a row's logits depend on its own sequence alone: batching, chunking, threads and the instruction set
-//! change no bit of them. On a GPU they depend on it up to rounding: cuBLASLt sums in an order that it chooses by the
-//! number of rows. An engine never allocates a page and never decides what runs next.
+//! change no bit of them. On a GPU company can change their last bits: products of many rows and decode attention are
+//! summed in an order that depends on how many rows there are. An engine never allocates a page and never decides what
+//! runs next.
 #![deny(unsafe_code)]
 
 pub mod backend;
@@ -100,6 +101,24 @@ enum Data {
     Fetched(tandem_kernels::cuda::Fetched),
 }
 
+impl Data {
+    fn numbers(&self) -> &[f32] {
+        match self {
+            Data::Owned(data) => data,
+            #[cfg(feature = "cuda")]
+            Data::Fetched(data) => data.numbers(),
+        }
+    }
+
+    fn numbers_mut(&mut self) -> &mut [f32] {
+        match self {
+            Data::Owned(data) => data,
+            #[cfg(feature = "cuda")]
+            Data::Fetched(data) => data.numbers_mut(),
+        }
+    }
+}
+
 impl std::fmt::Debug for Logits {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_list().entries(self.rows()).finish()
@@ -117,33 +136,19 @@ impl Logits {
     }
 
     fn of(data: Data, vocab_size: usize) -> Logits {
-        let logits = Logits { data, vocab_size };
-        let whole = vocab_size > 0 && logits.data().len().is_multiple_of(vocab_size);
+        let whole = vocab_size > 0 && data.numbers().len().is_multiple_of(vocab_size);
         assert!(whole, "rows of logits are whole");
-        logits
-    }
-
-    fn data(&self) -> &[f32] {
-        match &self.data {
-            Data::Owned(data) => data,
-            #[cfg(feature = "cuda")]
-            Data::Fetched(data) => data.numbers(),
-        }
+        Logits { data, vocab_size }
     }
 
     /// One row for each sequence that asked.
     pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
-        self.data().chunks_exact(self.vocab_size)
+        self.data.numbers().chunks_exact(self.vocab_size)
     }
 
     /// The rows, to be changed by sampling.
     pub fn rows_mut(&mut self) -> impl ExactSizeIterator<Item = &mut [f32]> {
-        let data = match &mut self.data {
-            Data::Owned(data) => data,
-            #[cfg(feature = "cuda")]
-            Data::Fetched(data) => data.numbers_mut(),
-        };
-        data.chunks_exact_mut(self.vocab_size)
+        self.data.numbers_mut().chunks_exact_mut(self.vocab_size)
     }
 }
 

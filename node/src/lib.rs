@@ -29,11 +29,3 @@ pub use member::Member;
 pub use router::RouterLink;
 pub use start::{NodeLoop, NodeOptions, Parts, start};
 pub use status::StatusAddr;
-
-/// A random id for this incarnation of the process.
-///
-/// # Errors
-/// When the system has no randomness.
-pub fn random_node_id() -> Result<tandem_proto::ids::NodeId, getrandom::Error> {
-    Ok(tandem_proto::ids::NodeId(getrandom::u64()?))
-}

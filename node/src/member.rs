@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use std::time::Duration;
 use tandem_proto::ids::NodeId;
 use tandem_proto::wire::{self, Hello, Message};
-use tandem_transport::control::{self, Control, ControlEvent};
+use tandem_transport::control::{self, Control, ControlEvent, ControlEvents};
 use tokio::runtime::Handle;
-use tokio::sync::{broadcast, mpsc};
+use tokio::sync::broadcast;
 
 /// Pauses between attempts to reach the router.
 const RETRY: std::ops::RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(2);
@@ -27,12 +27,7 @@ pub struct Member {
 impl Member {
     /// Puts what the control channel reports into the node's inbox, from now on. Call inside the runtime.
     #[must_use]
-    pub fn new(
-        control: Control,
-        events: mpsc::Receiver<ControlEvent>,
-        inbox: InboxSender,
-        unpark: Unpark,
-    ) -> Member {
+    pub fn new(control: Control, events: ControlEvents, inbox: InboxSender, unpark: Unpark) -> Member {
         let (gone, _) = broadcast::channel(64);
         let member = Member { control, runtime: Handle::current(), inbox, unpark, gone };
         tokio::spawn(member.clone().forward(events));
@@ -56,7 +51,7 @@ impl Member {
         self.control.shutdown().await;
     }
 
-    async fn forward(self, mut events: mpsc::Receiver<ControlEvent>) {
+    async fn forward(self, mut events: ControlEvents) {
         while let Some(event) = events.recv().await {
             let event = match event {
                 ControlEvent::Up { peer, .. } => NodeEvent::Up { peer },

@@ -3,7 +3,7 @@
 use crate::device::Device;
 use crate::load::{self, Loaded};
 use crate::status::{Running, Status, StatusAddr};
-use crate::{Board, Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox, random_node_id};
+use crate::{Board, Clock, Cluster, Inbox, Member, NodeEvent, Unpark, inbox};
 use anyhow::Context;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -71,10 +71,10 @@ pub struct NodeOptions {
     /// Threads that compute. 0 takes as many as there are cores.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Memory and speed")]
     pub threads: usize,
-    /// The way KV takes: auto picks the best that both nodes have, in the order cuda_ipc, shm, rdma, tls, quic, and falls
-    /// back when it fails; a name allows that one alone. cuda_ipc copies from GPU to GPU, or within one, between
-    /// processes of one user and host; shm is memory shared between such; rdma is there in builds with that feature;
-    /// tls needs the data port open for TCP too.
+    /// The way KV takes: auto picks the best that both nodes have, in the order cuda_ipc, shm, rdma, tls, quic, and
+    /// falls back when it fails; a name allows that one alone. cuda_ipc is between GPUs, or within one, of one user and
+    /// host; shm is memory shared between processes of one user and host; rdma is there in builds with that feature; tls
+    /// needs the data port open for TCP too. From and to GPUs all but cuda_ipc go by way of the hosts' memory.
     #[arg(long, value_name = "PATH", default_value = "auto", value_parser = paths, help_heading = "Memory and speed")]
     pub transport: Paths,
     /// RDMA devices for KV, by name and separated by commas: each must be there, and have a port that is up and has an
@@ -251,7 +251,7 @@ impl Started {
             gpu,
         } = loaded;
         runtime.block_on(async move {
-        let node = random_node_id().context("no randomness for the node's id")?;
+        let node = identity.node();
         let tuning = Tuning {
             mtu: options.mtu,
             mtu_is_known: options.mtu_is_known,
@@ -259,7 +259,7 @@ impl Started {
             ..Tuning::dead_after(options.peer_timeout)
         };
         let limits = Limits { tuning: tuning.clone(), ..Limits::default() };
-        let (control, events) = Control::bind(options.control, &identity, node, limits)?;
+        let (control, events) = Control::bind(options.control, &identity, limits)?;
         let net = NetConfig {
             paths: options.transport.0.clone(),
             #[cfg(feature = "rdma")]
@@ -272,7 +272,7 @@ impl Started {
             tuning,
             ..NetConfig::default()
         };
-        let mut transport = NetTransport::bind(options.data, &identity, node, net)?;
+        let mut transport = NetTransport::bind(options.data, &identity, net)?;
         let info = engine.info();
         let pool_tokens = u64::from(kv.pages()) * u64::from(info.kv.page_tokens);
         let hello = Hello {

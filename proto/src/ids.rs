@@ -47,8 +47,8 @@ id! {
     ChoiceIdx(u32)
 }
 
-/// One incarnation of a process: drawn at random when it starts, so a restarted node is a new node and
-/// nothing addressed to the old one can reach it. Its name, for people, is in [`crate::wire::Hello`].
+/// One incarnation of a process: a hash of its certificate's key and of a number that it draws when it starts. So a
+/// restarted node is a new node, nothing addressed to the old one can reach it, and nobody without the key can take it. Its name, for people, is in [`crate::wire::Hello`].
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct NodeId(pub u64);

@@ -14,7 +14,7 @@ use tandem_proto::keys::Fingerprint;
 use tandem_proto::wire::{
     self, Destination, Expect, FirstTokens, Message, RequestError, Role, Submit, Tokens,
 };
-use tandem_transport::control::{Control, ControlEvent, Lane, SendError};
+use tandem_transport::control::{Control, ControlEvent, ControlEvents, Lane, SendError};
 use tokio::sync::mpsc;
 
 /// Messages of nodes that wait for one request: some seconds of the fastest generation.
@@ -243,7 +243,7 @@ impl Dispatcher {
     }
 
     /// Listens to nodes until the control channel is gone.
-    pub async fn listen(self: Arc<Self>, mut events: mpsc::Receiver<ControlEvent>) {
+    pub async fn listen(self: Arc<Self>, mut events: ControlEvents) {
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         loop {
             let event = tokio::select! {

@@ -12,7 +12,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
-use tandem_proto::ids::NodeId;
 use tandem_text::TextModel;
 use tandem_transport::control::{Control, Limits};
 use tandem_transport::{Identity, Tuning};
@@ -131,12 +130,9 @@ fn start(config: Config) -> anyhow::Result<()> {
 }
 
 async fn run(config: Config, identity: Identity, model: TextModel, shutdown: Shutdown) -> anyhow::Result<()> {
-    let mut bytes = [0; 8];
-    getrandom::fill(&mut bytes).context("cannot draw this process's id")?;
-    let local = NodeId(u64::from_le_bytes(bytes));
     let tuning = Tuning::dead_after(config.peer_timeout);
     let limits = Limits { tuning, ..Limits::default() };
-    let (control, events) = Control::bind(config.control, &identity, local, limits)
+    let (control, events) = Control::bind(config.control, &identity, limits)
         .with_context(|| format!("cannot listen for nodes on {}", config.control))?;
     let listener = tokio::net::TcpListener::bind(config.listen).await;
     let listener = listener.with_context(|| format!("cannot listen for clients on {}", config.listen))?;

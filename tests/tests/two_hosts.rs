@@ -3,6 +3,13 @@
 //! Each test runs itself again, inside the first host. Where there are no two hosts to be had it says so and passes;
 //! `scripts/check` names that as skipped.
 
+#[path = "../../transport/tests/members/mod.rs"]
+mod members;
+#[path = "../../transport/tests/members/node.rs"]
+mod node;
+
+use members::id;
+use node::Node;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
@@ -11,11 +18,7 @@ use std::process::Command;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
-use tandem_proto::ids::NodeId;
-use tandem_transport::{
-    Congestion, Event, FailReason, Identity, NetConfig, NetTransport, Path, RegionId, Transport, Tuning,
-    Window, Write,
-};
+use tandem_transport::{Congestion, Event, FailReason, NetConfig, Path, Transport, Tuning, Window, Write};
 
 const REGION: usize = 8 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -48,28 +51,13 @@ fn over(links: &[&str], test: &str, body: impl Fn()) {
     }
 }
 
-struct Node {
-    transport: NetTransport,
-    memory: Arc<HostRegion>,
-    region: RegionId,
-    events: Vec<Event>,
-}
-
-fn id(node: usize) -> NodeId {
-    NodeId(node as u64 + 1)
-}
-
 /// A node on each host.
 fn nodes(congestion: Congestion) -> [Node; 2] {
-    let dir = std::env::temp_dir().join(format!("tandem-two-hosts-{}", std::process::id()));
-    let identity = Identity::load_or_create(&dir).unwrap();
-    std::fs::remove_dir_all(&dir).unwrap();
     [0, 1].map(|node| {
-        let identity = identity.clone();
         let ip = std::env::var(["TWO_HOSTS_IP", "TWO_HOSTS_PEER_IP"][node]).unwrap();
         let addr = SocketAddr::new(ip.parse::<IpAddr>().unwrap(), 0);
         // A socket belongs to the host of the thread that made it, and threads to that of the one that started them.
-        let bind = move || {
+        let start = move || {
             if node == 1 {
                 let peer = std::env::var("TWO_HOSTS_PEER").unwrap();
                 let namespace = File::open(FilePath::new("/run/netns").join(peer)).unwrap();
@@ -77,12 +65,9 @@ fn nodes(congestion: Congestion) -> [Node; 2] {
             }
             let tuning = Tuning { congestion, ..Tuning::default() };
             let config = NetConfig { paths: vec![Path::Quic], tuning, ..NetConfig::default() };
-            NetTransport::bind(addr, &identity, id(node), config).unwrap()
+            Node::start(node, addr, REGION, config)
         };
-        let mut transport = std::thread::spawn(bind).join().unwrap();
-        let memory = HostRegion::map(REGION).unwrap();
-        let region = transport.register(Arc::clone(&memory)).unwrap();
-        Node { transport, memory, region, events: Vec::new() }
+        std::thread::spawn(start).join().unwrap()
     })
 }
 
@@ -106,9 +91,7 @@ fn wait(nodes: &mut [Node; 2], node: usize, matches: impl Fn(&Event) -> bool) {
 }
 
 fn poll(nodes: &mut [Node; 2]) {
-    for node in nodes {
-        node.transport.poll(&mut node.events);
-    }
+    nodes.iter_mut().for_each(Node::poll);
 }
 
 fn byte(round: usize, at: usize) -> u8 {

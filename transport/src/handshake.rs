@@ -7,13 +7,15 @@
 //! paths and the answerer's word that the life has begun. This stream stays open: when the lanes of a life have
 //! failed, the dialler asks on it for more ([`Exchange::ask_for_lanes`]), and offers, choice and word follow again.
 
+use crate::identity::node_id;
 use crate::net::lane::{Generation, Path};
 use crate::{shm, tls};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
+use rustls::pki_types::CertificateDer;
 use tandem_proto::ids::NodeId;
 
 /// The version of everything below the messages: handshake, framing, write headers.
-pub(crate) const VERSION: u16 = 2;
+pub(crate) const VERSION: u16 = 3;
 
 const MAGIC: [u8; 4] = *b"tndm";
 const HELLO_BYTES: usize = 4 + 2 + 8 + 8 + 2 + 2 + 2 * MAX_PORTS;
@@ -42,7 +44,8 @@ impl From<CloseCode> for VarInt {
 /// How each side introduces itself.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Hello {
-    pub(crate) node: NodeId,
+    /// What makes a node id of the sender's public key. The id itself is not said, so that nobody can say another's.
+    pub(crate) nonce: u64,
     /// Drawn by the dialler; names this connection, or all connections of one life.
     pub(crate) life: u64,
     /// Which of the life's connections this is.
@@ -62,6 +65,8 @@ pub(crate) enum HandshakeError {
     Read(#[from] quinn::ReadExactError),
     #[error("the peer left during the handshake: {0}")]
     Write(#[from] quinn::WriteError),
+    #[error("its certificate gives no node id: {0}")]
+    Certificate(String),
     #[error("it does not speak this protocol")]
     Magic,
     #[error("its offers make no sense")]
@@ -82,7 +87,7 @@ impl Hello {
         };
         put(&MAGIC);
         put(&VERSION.to_le_bytes());
-        put(&self.node.0.to_le_bytes());
+        put(&self.nonce.to_le_bytes());
         put(&self.life.to_le_bytes());
         put(&self.part.to_le_bytes());
         put(&self.parts.to_le_bytes());
@@ -99,7 +104,7 @@ impl Hello {
     }
 
     pub(crate) fn sample() -> Vec<u8> {
-        Hello { node: NodeId(7), life: 8, part: 1, parts: 2, ports: [9; MAX_PORTS] }.encode().to_vec()
+        Hello { nonce: 7, life: 8, part: 1, parts: 2, ports: [9; MAX_PORTS] }.encode().to_vec()
     }
 
     fn decode(bytes: &[u8; HELLO_BYTES]) -> Result<Hello, HandshakeError> {
@@ -116,7 +121,7 @@ impl Hello {
             return Err(HandshakeError::Version(u16_at(4)));
         }
         Ok(Hello {
-            node: NodeId(u64_at(6)),
+            nonce: u64_at(6),
             life: u64_at(14),
             part: u16_at(22),
             parts: u16_at(24),
@@ -136,7 +141,8 @@ pub(crate) struct Offers {
     pub(crate) cuda_ipc: Option<shm::GpuOffer>,
     pub(crate) shm: Option<shm::Offer>,
     pub(crate) tls: Option<tls::Offer>,
-    /// Queue pairs, as `rdma::Offer` encodes them. The dialler answers with its own, or nothing.
+    /// Queue pairs, as `rdma::Offer` encodes them; empty if there are devices and none can be used now. The dialler
+    /// answers with its own, or nothing.
     pub(crate) rdma: Option<Vec<u8>>,
 }
 
@@ -229,6 +235,8 @@ impl Choice {
 pub(crate) struct Exchange {
     pub(crate) send: SendStream,
     pub(crate) recv: RecvStream,
+    /// Who is there: whoever has the key of the certificate that the connection began with.
+    pub(crate) node: NodeId,
     /// The other side's introduction.
     pub(crate) peer: Hello,
 }
@@ -239,7 +247,7 @@ impl Exchange {
         let (mut send, mut recv) = connection.open_bi().await?;
         send.write_all(&local.encode()).await?;
         let peer = read_hello(&mut recv).await?;
-        Ok(Exchange { send, recv, peer })
+        Ok(Exchange { send, recv, node: node_of(connection, &peer)?, peer })
     }
 
     /// The answerer's beginning.
@@ -247,7 +255,7 @@ impl Exchange {
         let (mut send, mut recv) = connection.accept_bi().await?;
         let peer = read_hello(&mut recv).await?;
         send.write_all(&local.encode()).await?;
-        Ok(Exchange { send, recv, peer })
+        Ok(Exchange { send, recv, node: node_of(connection, &peer)?, peer })
     }
 
     /// The dialler's decision for this connection, and the answerer's verdict on it.
@@ -357,6 +365,14 @@ impl Exchange {
     }
 }
 
+fn node_of(connection: &Connection, peer: &Hello) -> Result<NodeId, HandshakeError> {
+    let none = || HandshakeError::Certificate("there is none".into());
+    let shown = connection.peer_identity().ok_or_else(none)?;
+    let chain = shown.downcast::<Vec<CertificateDer<'static>>>().map_err(|_| none())?;
+    let certificate = chain.first().ok_or_else(none)?;
+    node_id(certificate, peer.nonce).map_err(|error| HandshakeError::Certificate(error.to_string()))
+}
+
 async fn read_hello(recv: &mut RecvStream) -> Result<Hello, HandshakeError> {
     let mut bytes = [0; HELLO_BYTES];
     recv.read_exact(&mut bytes).await?;
@@ -399,7 +415,7 @@ mod tests {
 
     #[test]
     fn hello_survives_the_wire() {
-        let hello = Hello { node: NodeId(u64::MAX - 1), life: 42, part: 3, parts: 9, ports: [7; MAX_PORTS] };
+        let hello = Hello { nonce: u64::MAX - 1, life: 42, part: 3, parts: 9, ports: [7; MAX_PORTS] };
         assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
         let mut other = hello.encode();
         other[4] = 9;

@@ -2,7 +2,7 @@
 //! with a word in the log, takes no more than its share, and harms nobody else. Those of the lanes are beside the
 //! lanes.
 
-use crate::control::{Control, ControlEvent, Limits};
+use crate::control::{Control, ControlEvent, Limits, STREAMS as CONTROL};
 use crate::endpoint::{Bound, Tuning};
 use crate::handshake::{Choice, Exchange, Hello, MAX_PORTS, Offers};
 use crate::net::header::{ACK_BYTES, Ack, Header};
@@ -11,16 +11,13 @@ use crate::quic::STREAMS;
 use crate::{Event, Identity, NetConfig, NetTransport, RegionId, Transport, Window, Write};
 use quinn::{Connection, ReadExactError, SendStream};
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
 use tandem_proto::ids::NodeId;
 use tokio::runtime::Runtime;
 
 pub(crate) const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
-pub(crate) const VICTIM: NodeId = NodeId(1);
-pub(crate) const HOSTILE: NodeId = NodeId(2);
-const FRIEND: NodeId = NodeId(3);
 const PATIENCE: Duration = Duration::from_secs(20);
 const REGION: usize = 1 << 20;
 
@@ -56,31 +53,34 @@ impl Log {
         String::from_utf8_lossy(&lines[self.0..]).into_owned()
     }
 
+    /// Whether there is a line with all of these words.
+    pub(crate) fn has(&self, words: &[&str]) -> bool {
+        self.text().lines().any(|line| words.iter().all(|word| line.contains(word)))
+    }
+
     /// Waits for a line with all of these words.
     #[track_caller]
     pub(crate) fn expect(&self, words: &[&str]) {
         let begun = Instant::now();
-        while !self.text().lines().any(|line| words.iter().all(|word| line.contains(word))) {
+        while !self.has(words) {
             assert!(begun.elapsed() < PATIENCE, "no line with {words:?} in:\n{}", self.text());
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
-pub(crate) fn identity() -> Identity {
-    identity_and_ca().0
-}
+pub(crate) static VICTIM: LazyLock<Identity> = LazyLock::new(|| CLUSTER.0[0].clone());
+pub(crate) static HOSTILE: LazyLock<Identity> = LazyLock::new(|| CLUSTER.0[1].clone());
+pub(crate) static FRIEND: LazyLock<Identity> = LazyLock::new(|| CLUSTER.0[2].clone());
 
-/// With the CA's key and certificate.
-fn identity_and_ca() -> (Identity, String) {
-    static DIRS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let n = DIRS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let dir = std::env::temp_dir().join(format!("tandem-hostile-{}-{n}", std::process::id()));
-    let identity = Identity::load_or_create(&dir).unwrap();
+/// Its members, each with a certificate of its own, and the CA's key and certificate.
+static CLUSTER: LazyLock<([Identity; 3], String)> = LazyLock::new(|| {
+    let dir = std::env::temp_dir().join(format!("tandem-hostile-{}", std::process::id()));
+    let members = [(); 3].map(|()| Identity::load_or_create(&dir).unwrap());
     let pem = std::fs::read_to_string(dir.join("ca.pem")).unwrap();
     std::fs::remove_dir_all(dir).unwrap();
-    (identity, pem)
-}
+    (members, pem)
+});
 
 /// A node among harm: with windows for the hostile one and for a friend, whose writes must go on.
 pub(crate) struct Victim {
@@ -90,43 +90,31 @@ pub(crate) struct Victim {
     pub(crate) events: Vec<Event>,
     friend: NetTransport,
     friends_memory: Arc<HostRegion>,
-    pub(crate) identity: Identity,
-    ca: String,
     /// What the windows are to hold still.
     before: Vec<u8>,
 }
 
 impl Victim {
     pub(crate) fn new(config: NetConfig) -> Victim {
-        let (identity, ca) = identity_and_ca();
-        let bind = |id, config| NetTransport::bind(ANY, &identity, id, config).unwrap();
+        let bind = |member: &Identity, config| NetTransport::bind(ANY, member, config).unwrap();
         let friends = NetConfig { paths: config.paths.clone(), ..NetConfig::default() };
-        let (mut transport, friend) = (bind(VICTIM, config), bind(FRIEND, friends));
+        let (mut transport, friend) = (bind(&VICTIM, config), bind(&FRIEND, friends));
         let (memory, friends_memory) = (HostRegion::map(REGION).unwrap(), HostRegion::map(REGION).unwrap());
         let region = transport.register(Arc::clone(&memory)).unwrap();
         let before = vec![0; REGION / 2];
-        let mut victim = Victim {
-            transport,
-            memory,
-            region,
-            events: Vec::new(),
-            friend,
-            friends_memory,
-            identity,
-            ca,
-            before,
-        };
-        victim.friend.connect(VICTIM, victim.addr());
-        victim.until(|events| events.contains(&Event::Connected { peer: FRIEND }));
+        let mut victim =
+            Victim { transport, memory, region, events: Vec::new(), friend, friends_memory, before };
+        victim.friend.connect(VICTIM.node(), victim.addr());
+        victim.until(|events| events.contains(&Event::Connected { peer: FRIEND.node() }));
         victim
     }
 
     /// Issues certificates of its cluster.
-    fn issuer(&self) -> rcgen::Issuer<'static, rcgen::KeyPair> {
+    fn issuer() -> rcgen::Issuer<'static, rcgen::KeyPair> {
         let mut params = rcgen::CertificateParams::default();
         params.distinguished_name = rcgen::DistinguishedName::new();
         params.distinguished_name.push(rcgen::DnType::CommonName, "tandem cluster CA");
-        rcgen::Issuer::new(params, rcgen::KeyPair::from_pem(&self.ca).unwrap())
+        rcgen::Issuer::new(params, rcgen::KeyPair::from_pem(&CLUSTER.1).unwrap())
     }
 
     pub(crate) fn addr(&self) -> SocketAddr {
@@ -150,7 +138,7 @@ impl Victim {
 
     #[track_caller]
     pub(crate) fn until_severed(&mut self) -> String {
-        let severed = |e: &Event| matches!(e, Event::Severed { peer, .. } if *peer == HOSTILE);
+        let severed = |e: &Event| matches!(e, Event::Severed { peer, .. } if *peer == HOSTILE.node());
         self.until(|events| events.iter().any(severed));
         let at = self.events.iter().position(severed).unwrap();
         format!("{:?}", self.events.remove(at))
@@ -160,13 +148,13 @@ impl Victim {
     #[track_caller]
     pub(crate) fn check_unharmed(&mut self) {
         let half = REGION / 2;
-        let window = self.transport.open_window(FRIEND, self.region, half..REGION).unwrap();
+        let window = self.transport.open_window(FRIEND.node(), self.region, half..REGION).unwrap();
         let source = self.friends_memory.extent(0..half).unwrap();
         for immediate in [71, 72, 73] {
             let write = Write { ticket: 7, source: source.clone(), window, offset: 0, immediate };
-            self.friend.submit(VICTIM, write).unwrap();
+            self.friend.submit(VICTIM.node(), write).unwrap();
             let begun = Instant::now();
-            let landed = Event::Landed { peer: FRIEND, immediate, len: half as u64 };
+            let landed = Event::Landed { peer: FRIEND.node(), immediate, len: half as u64 };
             self.until(|events| events.contains(&landed));
             println!("the friend waited {:?}", begun.elapsed());
             assert!(begun.elapsed() < Duration::from_secs(2), "the friend waited {:?}", begun.elapsed());
@@ -175,7 +163,7 @@ impl Victim {
         let windows = self.memory.extent(0..half).unwrap();
         // SAFETY: whoever may write there writes what it must not, which is what this looks for.
         assert!(unsafe { windows.bytes() } == self.before, "a byte was written that must not be");
-        self.events.retain(|e| !matches!(e, Event::Landed { peer, .. } if *peer == FRIEND));
+        self.events.retain(|e| !matches!(e, Event::Landed { peer, .. } if *peer == FRIEND.node()));
     }
 
     /// It stops in time, whoever would keep it.
@@ -214,8 +202,8 @@ pub(crate) struct Session {
     pub(crate) life: u64,
 }
 
-pub(crate) fn hello(node: NodeId, life: u64) -> Hello {
-    Hello { node, life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
+pub(crate) fn hello(member: &Identity, life: u64) -> Hello {
+    Hello { nonce: member.nonce(), life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
 }
 
 impl Hostile {
@@ -242,7 +230,7 @@ impl Hostile {
         self.run(async {
             let connection = self.connection(addr).await;
             let life = 4711;
-            let mut exchange = Exchange::dial(&connection, &hello(HOSTILE, life)).await.unwrap();
+            let mut exchange = Exchange::dial(&connection, &hello(&HOSTILE, life)).await.unwrap();
             assert!(exchange.confirm(0).await.unwrap(), "it is admitted");
             let offers = exchange.offers().await.unwrap();
             Session { connection, exchange, offers, life }
@@ -253,7 +241,7 @@ impl Hostile {
     pub(crate) fn begin(&self, victim: &mut Victim, session: &mut Session, path: Path) {
         let choice = Choice { paths: vec![path], why: String::new() };
         assert!(self.run(session.exchange.choose(&choice)).unwrap(), "it begins");
-        victim.until(|events| events.contains(&Event::Connected { peer: HOSTILE }));
+        victim.until(|events| events.contains(&Event::Connected { peer: HOSTILE.node() }));
         victim.events.clear();
     }
 }
@@ -288,8 +276,8 @@ pub(crate) fn not_granted(own: Window, others: Window) -> Vec<Header> {
 
 /// A session over QUIC alone, with the stream of acknowledgements open, and the windows of it and of another.
 fn over_quic(victim: &mut Victim, hostile: &Hostile) -> (Session, SendStream, Window, Window) {
-    let own = victim.open(HOSTILE, 1000..101_000);
-    let others = victim.open(FRIEND, 200_000..300_000);
+    let own = victim.open(HOSTILE.node(), 1000..101_000);
+    let others = victim.open(FRIEND.node(), 200_000..300_000);
     let mut session = hostile.meet(victim.addr());
     hostile.begin(victim, &mut session, Path::Quic);
     let acks = hostile.run(session.connection.open_uni()).unwrap();
@@ -303,7 +291,7 @@ fn quic_alone() -> NetConfig {
 #[test]
 fn writes_to_what_was_not_granted_are_refused_one_by_one() {
     let (log, mut victim) = (Log::begin(), Victim::new(quic_alone()));
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     let (session, mut acks, own, others) = over_quic(&mut victim, &hostile);
     let headers = not_granted(own, others);
     hostile.run(async {
@@ -326,7 +314,7 @@ fn writes_to_what_was_not_granted_are_refused_one_by_one() {
         }
     });
     assert_eq!(victim.transport.metrics().paths[Path::Quic as usize].landings_refused, headers.len() as u64);
-    log.expect(&["write refused", "peer=0000000000000002"]);
+    log.expect(&["write refused", &format!("peer={}", HOSTILE.node())]);
     victim.check_unharmed();
     assert!(session.connection.close_reason().is_none(), "a refused write ends nothing");
     victim.stop();
@@ -351,7 +339,7 @@ fn streams_that_break_a_rule_sever_their_writer_alone() {
     ];
     for (words, breaks) in cases {
         let (log, mut victim) = (Log::begin(), Victim::new(quic_alone()));
-        let hostile = Hostile::new(&victim.identity);
+        let hostile = Hostile::new(&HOSTILE);
         let (session, mut acks, own, _) = over_quic(&mut victim, &hostile);
         let (bytes, is_write) = breaks(own);
         hostile.run(async {
@@ -375,7 +363,7 @@ fn streams_that_break_a_rule_sever_their_writer_alone() {
 #[test]
 fn floods_of_streams_and_answers_stay_bounded() {
     let mut victim = Victim::new(quic_alone());
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     let (session, mut acks, own, _) = over_quic(&mut victim, &hostile);
     let resident = || {
         let status = std::fs::read_to_string("/proc/self/statm").unwrap();
@@ -410,8 +398,37 @@ fn floods_of_streams_and_answers_stay_bounded() {
     let grown = resident().saturating_sub(before);
     assert!(grown < 64 << 20, "{grown} bytes more are resident");
     // None of them is in the way of the end.
-    victim.transport.sever(HOSTILE);
+    victim.transport.sever(HOSTILE.node());
     victim.until_severed();
+    victim.stop();
+}
+
+/// Sessions that come and go while the node loop takes in nothing: no more than there is room for their events.
+#[test]
+fn sessions_that_come_and_go_are_bounded() {
+    let config = NetConfig { event_limit: 8, connect_timeout: Duration::from_millis(500), ..quic_alone() };
+    let mut victim = Victim::new(config);
+    let hostile = Hostile::new(&HOSTILE);
+    let mut begun = 0;
+    for life in 1..=40 {
+        begun += hostile.run(async {
+            let connection = hostile.connection(victim.addr()).await;
+            let mut exchange = Exchange::dial(&connection, &hello(&HOSTILE, life)).await.unwrap();
+            let session = async {
+                exchange.confirm(0).await?;
+                exchange.offers().await?;
+                exchange.choose(&Choice { paths: vec![Path::Quic], why: String::new() }).await
+            };
+            // Those that wait for room are given up.
+            let session = tokio::time::timeout(Duration::from_millis(50), session).await;
+            i32::from(session.is_ok_and(|begun| begun.is_ok_and(|begun| begun)))
+        });
+    }
+    victim.events.clear();
+    victim.transport.poll(&mut victim.events);
+    assert!(begun >= 4, "{begun} sessions began");
+    assert!(victim.events.len() < 8 + 3, "{} events waited", victim.events.len());
+    victim.check_unharmed();
     victim.stop();
 }
 
@@ -419,7 +436,6 @@ fn floods_of_streams_and_answers_stay_bounded() {
 #[test]
 fn introductions_that_make_no_sense_are_refused() {
     type Breaks = fn(&mut Vec<u8>);
-    let own = VICTIM.0 as u8;
     let cases: [(&[&str], Breaks); 4] = [
         (&["data connection refused", "does not speak this protocol"], |bytes| bytes[0] ^= 1),
         (&["data connection refused", "speaks transport version", "run the same build"], |bytes| {
@@ -430,9 +446,9 @@ fn introductions_that_make_no_sense_are_refused() {
         (&[], |bytes| bytes[24..26].fill(0xff)),
     ];
     let (log, mut victim) = (Log::begin(), Victim::new(quic_alone()));
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     for (words, breaks) in cases {
-        let mut bytes = hello(HOSTILE, 1).encode().to_vec();
+        let mut bytes = hello(&HOSTILE, 1).encode().to_vec();
         breaks(&mut bytes);
         let refused = hostile.run(async {
             let connection = hostile.connection(victim.addr()).await;
@@ -449,9 +465,9 @@ fn introductions_that_make_no_sense_are_refused() {
             log.expect(words);
         }
     }
-    // As the victim itself.
-    let mut bytes = hello(VICTIM, 1).encode().to_vec();
-    assert_eq!(bytes[6], own);
+    // As the victim itself: whoever shares its certificate can say that, and an address may be its own.
+    let hostile = Hostile::new(&VICTIM);
+    let mut bytes = hello(&VICTIM, 1).encode().to_vec();
     bytes.extend([0; 8]);
     let verdict = hostile.run(async {
         let connection = hostile.connection(victim.addr()).await;
@@ -468,6 +484,70 @@ fn introductions_that_make_no_sense_are_refused() {
     victim.stop();
 }
 
+/// Whoever says what a friend says is still somebody else, in both planes: the friend keeps its session, its windows and
+/// its name.
+#[test]
+fn nobody_takes_the_name_of_another() {
+    let mut victim = Victim::new(quic_alone());
+    let friends = victim.open(FRIEND.node(), 200_000..300_000);
+    let hostile = Hostile::new(&HOSTILE);
+    let said = hello(&FRIEND, 4711);
+    let (session, acks) = hostile.run(async {
+        let connection = hostile.connection(victim.addr()).await;
+        let mut exchange = Exchange::dial(&connection, &said).await.unwrap();
+        assert_eq!(exchange.node, VICTIM.node());
+        assert!(exchange.confirm(0).await.unwrap(), "it is admitted as whoever it is");
+        let offers = exchange.offers().await.unwrap();
+        let choice = Choice { paths: vec![Path::Quic], why: String::new() };
+        assert!(exchange.choose(&choice).await.unwrap());
+        let acks = connection.open_uni().await.unwrap();
+        (Session { connection, exchange, offers, life: said.life }, acks)
+    });
+    let connected = |e: &Event| matches!(e, Event::Connected { peer } if *peer != FRIEND.node());
+    victim.until(|events| events.iter().any(connected));
+    let told = victim.events.iter().filter(|e| !connected(e)).collect::<Vec<_>>();
+    assert_eq!(told, [&Event::Connected { peer: FRIEND.node() }], "nothing has happened to the friend");
+    assert_eq!(victim.transport.held().peers, 2);
+    hostile.run(async {
+        let mut acks = acks;
+        acks.write_all(&Ack { sequence: 999, landed: true }.encode()).await.unwrap();
+        let mut stream = session.connection.open_uni().await.unwrap();
+        stream.write_all(&header(friends, 100).encode()).await.unwrap();
+        let _ = stream.write_all(&[9; 100]).await;
+        let _ = stream.finish();
+        let mut answers = session.connection.accept_uni().await.unwrap();
+        let mut answer = [0; ACK_BYTES];
+        answers.read_exact(&mut answer).await.unwrap();
+        assert_eq!(Ack::decode(&answer).unwrap(), Ack { sequence: 0, landed: false });
+    });
+    victim.check_unharmed();
+    victim.stop();
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let [(control, mut events), (friend, _friends), (_, _)] =
+        [&*VICTIM, &*FRIEND, &*HOSTILE].map(|member| Control::bind(ANY, member, Limits::default()).unwrap());
+    runtime.block_on(friend.connect(control.local_addr())).unwrap();
+    let bound = Bound::new(ANY, &HOSTILE, &Tuning::default(), CONTROL).unwrap();
+    let _held = runtime.block_on(async {
+        let connection = bound.connect(control.local_addr()).unwrap().await.unwrap();
+        let mut exchange = Exchange::dial(&connection, &said).await.unwrap();
+        assert!(exchange.confirm(0).await.unwrap(), "it is admitted as whoever it is");
+        let (mut urgent, _) = connection.open_bi().await.unwrap();
+        urgent.write_all(&[1]).await.unwrap();
+        (connection, exchange, urgent)
+    });
+    let mut next = || {
+        let next = async { tokio::time::timeout(PATIENCE, events.recv()).await };
+        runtime.block_on(next).unwrap().unwrap()
+    };
+    assert!(matches!(next(), ControlEvent::Up { peer, .. } if peer == FRIEND.node()));
+    assert!(matches!(next(), ControlEvent::Up { peer, .. } if peer != FRIEND.node()));
+    friend.send(VICTIM.node(), crate::control::Lane::Main, vec![7]).unwrap();
+    assert!(matches!(next(), ControlEvent::Frame { peer, .. } if peer == FRIEND.node()));
+    runtime.shutdown_background();
+}
+
 /// Handshakes that are begun and left, in any number: refused beyond the limit, given up in time.
 #[test]
 fn handshakes_that_are_never_finished_are_given_up() {
@@ -475,7 +555,7 @@ fn handshakes_that_are_never_finished_are_given_up() {
     let config = NetConfig { connection_limit: 24, connect_timeout: within, ..quic_alone() };
     let (log, mut victim) = (Log::begin(), Victim::new(config));
     let at_rest = victim.transport.held();
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     // Whoever has no certificate gets no further than this either.
     let stranger = UdpSocket::bind(ANY).unwrap();
     for n in 0..2000u32 {
@@ -521,7 +601,7 @@ fn strangers_are_refused_with_the_reason() {
     let mut victim = Victim::new(quic_alone());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let _inside = runtime.enter();
-    let (control, _events) = Control::bind(ANY, &victim.identity, NodeId(7), Limits::default()).unwrap();
+    let (control, _events) = Control::bind(ANY, &VICTIM, Limits::default()).unwrap();
     let key = rcgen::KeyPair::generate().unwrap();
     let leaf = |edit: fn(&mut rcgen::CertificateParams), issuer: &rcgen::Issuer<'_, rcgen::KeyPair>| {
         let mut params = rcgen::CertificateParams::new(vec!["tandem".to_owned()]).unwrap();
@@ -532,7 +612,7 @@ fn strangers_are_refused_with_the_reason() {
     let only_for_servers = |leaf: &mut rcgen::CertificateParams| {
         leaf.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
     };
-    let ours = victim.issuer();
+    let ours = Victim::issuer();
     let theirs = rcgen::Issuer::new(rcgen::CertificateParams::default(), rcgen::KeyPair::generate().unwrap());
     let cases = [
         ("UnknownIssuer", leaf(|_| {}, &theirs)),
@@ -543,13 +623,13 @@ fn strangers_are_refused_with_the_reason() {
     ];
     let planes: [(&str, &[u8], SocketAddr); 2] = [
         ("data connection refused", STREAMS.protocol, victim.addr()),
-        ("control connection refused", b"tandem-control/1", control.local_addr()),
+        ("control connection refused", CONTROL.protocol, control.local_addr()),
     ];
     for (plane, protocol, addr) in planes {
         for (reason, chain) in &cases {
             let log = Log::begin();
             let key = rustls::pki_types::PrivateKeyDer::try_from(key.serialize_der()).unwrap();
-            let tls = victim.identity.presenting(chain.clone(), key, protocol);
+            let tls = VICTIM.presenting(chain.clone(), key, protocol);
             let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
             let endpoint = quinn::Endpoint::client(ANY).unwrap();
             let connecting =
@@ -573,36 +653,30 @@ fn strangers_are_refused_with_the_reason() {
 /// The control channel, to the same ends.
 #[test]
 fn control_channels_are_held_to_the_rules() {
-    let (log, identity) = (Log::begin(), identity());
+    let log = Log::begin();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let limits =
         Limits { frame_bytes: 1000, peers: 24, handshake: Duration::from_millis(500), ..Limits::default() };
     let (control, mut events) = {
         let _inside = runtime.enter();
-        Control::bind(ANY, &identity, VICTIM, limits.clone()).unwrap()
+        Control::bind(ANY, &VICTIM, limits.clone()).unwrap()
     };
     let (friend, _friends_events) = {
         let _inside = runtime.enter();
-        Control::bind(ANY, &identity, FRIEND, Limits::default()).unwrap()
+        Control::bind(ANY, &FRIEND, Limits::default()).unwrap()
     };
     let addr = control.local_addr();
     runtime.block_on(friend.connect(addr)).unwrap();
     let mut next =
         || runtime.block_on(async { tokio::time::timeout(PATIENCE, events.recv()).await }).unwrap().unwrap();
-    assert!(matches!(next(), ControlEvent::Up { peer: FRIEND, .. }));
+    assert!(matches!(next(), ControlEvent::Up { peer, .. } if peer == FRIEND.node()));
     let bound = {
         let _inside = runtime.enter();
-        let streams = crate::endpoint::Streams {
-            protocol: b"tandem-control/1",
-            bidirectional: 2,
-            unidirectional: 0,
-            independent: 2,
-        };
-        Bound::new(ANY, &identity, &Tuning::default(), streams).unwrap()
+        Bound::new(ANY, &HOSTILE, &Tuning::default(), CONTROL).unwrap()
     };
     let dial = async |life| {
         let connection = bound.connect(addr).unwrap().await.unwrap();
-        let mut exchange = Exchange::dial(&connection, &hello(HOSTILE, life)).await.unwrap();
+        let mut exchange = Exchange::dial(&connection, &hello(&HOSTILE, life)).await.unwrap();
         assert!(exchange.confirm(0).await.unwrap());
         (connection, exchange)
     };
@@ -615,9 +689,9 @@ fn control_channels_are_held_to_the_rules() {
             exchange.send.write_all(&len.to_le_bytes()).await.unwrap();
             (connection, (urgent, exchange))
         });
-        assert!(matches!(next(), ControlEvent::Up { peer: HOSTILE, .. }));
+        assert!(matches!(next(), ControlEvent::Up { peer, .. } if peer == HOSTILE.node()));
         match next() {
-            ControlEvent::Down { peer: HOSTILE, .. } => {}
+            ControlEvent::Down { peer, .. } if peer == HOSTILE.node() => {}
             other => panic!("{other:?}"),
         }
         log.expect(&["closed: malformed frame", &len.to_string(), "longer than 1000"]);
@@ -638,9 +712,9 @@ fn control_channels_are_held_to_the_rules() {
     log.expect(&["refused: too many peers", "peers=24"]);
     log.expect(&["control handshake took too long"]);
     // The friend has noticed nothing.
-    friend.send(VICTIM, crate::control::Lane::Main, vec![7]).unwrap();
+    friend.send(VICTIM.node(), crate::control::Lane::Main, vec![7]).unwrap();
     match next() {
-        ControlEvent::Frame { peer: FRIEND, bytes, .. } => assert_eq!(bytes, [7]),
+        ControlEvent::Frame { peer, bytes, .. } if peer == FRIEND.node() => assert_eq!(bytes, [7]),
         other => panic!("{other:?}"),
     }
     runtime.shutdown_background();

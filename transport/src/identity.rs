@@ -5,6 +5,7 @@
 //! process issues itself a certificate whose key never leaves its memory. A site with a PKI of its own gives
 //! PEM files instead.
 
+use ::aws_lc_rs::pbkdf2;
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, PKCS_ECDSA_P256_SHA256,
@@ -14,16 +15,18 @@ use rustls::client::danger::ServerCertVerifier;
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
-use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write as _};
+use std::num::NonZeroU32;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
+use tandem_proto::ids::NodeId;
 
 /// The DNS name in every certificate: peers are told apart by their node ids, not by host names.
 pub(crate) const SERVER_NAME: &str = "tandem";
@@ -31,11 +34,23 @@ pub(crate) const SERVER_NAME: &str = "tandem";
 /// Holds the CA's key and certificate together, so that creating both is one atomic step.
 const CA_FILE: &str = "ca.pem";
 
+/// Rounds of the hash that node ids are: whoever looks for a key with the id of another has 2^64 keys to try, and each
+/// costs as much as this. Whoever connects costs it once.
+const ID_ROUNDS: NonZeroU32 = NonZeroU32::new(1024).unwrap();
+
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// A certificate of the cluster's CA, and the CA to check others with. Cheap to clone.
+/// A certificate of the cluster's CA, the CA to check others with, and the node id that goes with them. Cheap to clone;
+/// clones are the same node.
+///
+/// A node id is a hash of the certificate's public key and of a number that is drawn when the identity is loaded, so
+/// each start of a process is a node of its own, also where processes share a certificate. The number is told in every
+/// handshake, and the id is what the other side makes of it: without the key there is no way to another's id. Processes
+/// that share a key are one to others: each of them could pass for the next.
 #[derive(Clone)]
 pub struct Identity {
+    nonce: u64,
+    node: NodeId,
     client: Arc<dyn ServerCertVerifier>,
     server: Arc<dyn ClientCertVerifier>,
     chain: Vec<CertificateDer<'static>>,
@@ -161,9 +176,32 @@ impl Identity {
         })?;
         client.verify_server_cert(leaf, rest, &server_name(), &[], now).map_err(refused)?;
         server.verify_client_cert(leaf, rest, now).map_err(refused)?;
-        let identity = Identity { client, server, chain, key: Arc::new(key), provider };
+        let nonce = new_nonce()?;
+        let node = node_id(leaf, nonce).map_err(refused)?;
+        let identity = Identity { nonce, node, client, server, chain, key: Arc::new(key), provider };
         identity.server_config(&[]).map_err(refused)?;
         Ok(identity)
+    }
+
+    /// The id of the node that this is.
+    #[must_use]
+    pub fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Goes into the hash that [`Identity::node`] is.
+    pub(crate) fn nonce(&self) -> u64 {
+        self.nonce
+    }
+
+    /// Another node with the same certificate, for processes that are several.
+    ///
+    /// # Errors
+    /// When the system has no randomness.
+    pub fn another(&self) -> Result<Identity, IdentityError> {
+        let nonce = new_nonce()?;
+        let node = node_id(&self.chain[0], nonce).map_err(make)?;
+        Ok(Identity { nonce, node, ..self.clone() })
     }
 
     /// The same trust, with a certificate that nobody checks here; without one if the chain is empty.
@@ -219,6 +257,18 @@ impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Identity")
     }
+}
+
+/// The id of whoever has this certificate and says this number.
+pub(crate) fn node_id(certificate: &CertificateDer<'_>, nonce: u64) -> Result<NodeId, rustls::Error> {
+    let key = ParsedCertificate::try_from(certificate)?.subject_public_key_info();
+    let mut id = [0; 8];
+    pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA256, ID_ROUNDS, &nonce.to_le_bytes(), &key, &mut id);
+    Ok(NodeId(u64::from_le_bytes(id)))
+}
+
+fn new_nonce() -> Result<u64, IdentityError> {
+    getrandom::u64().map_err(make)
 }
 
 fn make(error: impl std::fmt::Display) -> IdentityError {

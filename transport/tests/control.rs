@@ -1,13 +1,17 @@
 //! The control channel between real sockets on loopback, and the identities that it runs under.
 
+mod members;
+
+use members::{id, member};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem_proto::ids::NodeId;
 use tandem_transport::Identity;
-use tandem_transport::control::{ConnectError, Control, ControlEvent, Lane, Limits, SendError};
+use tandem_transport::control::{
+    ConnectError, Control, ControlEvent, ControlEvents, Lane, Limits, SendError,
+};
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
 
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
@@ -36,16 +40,16 @@ impl Drop for Scratch {
 struct Process {
     runtime: Option<Runtime>,
     control: Control,
-    events: mpsc::Receiver<ControlEvent>,
+    events: ControlEvents,
 }
 
 impl Process {
-    fn start(identity: &Identity, node: u64, limits: Limits) -> Process {
+    fn start(identity: &Identity, limits: Limits) -> Process {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let (control, events) = {
             let _inside = runtime.enter();
-            Control::bind(LOOPBACK, identity, NodeId(node), limits).unwrap()
+            Control::bind(LOOPBACK, identity, limits).unwrap()
         };
         Process { runtime: Some(runtime), control, events }
     }
@@ -71,15 +75,15 @@ impl Process {
     }
 
     #[track_caller]
-    fn expect_up(&mut self, peer: u64) {
+    fn expect_up(&mut self, peer: usize) {
         let event = self.next();
-        assert!(matches!(event, ControlEvent::Up { peer: p, .. } if p == NodeId(peer)), "{event:?}");
+        assert!(matches!(event, ControlEvent::Up { peer: p, .. } if p == id(peer)), "{event:?}");
     }
 
     #[track_caller]
-    fn expect_down(&mut self, peer: u64) -> String {
+    fn expect_down(&mut self, peer: usize) -> String {
         match self.next() {
-            ControlEvent::Down { peer: p, reason } if p == NodeId(peer) => reason,
+            ControlEvent::Down { peer: p, reason } if p == id(peer) => reason,
             event => panic!("{event:?}"),
         }
     }
@@ -90,30 +94,28 @@ impl Process {
     }
 }
 
-fn pair(name: &str, limits: Limits) -> (Scratch, Process, Process) {
-    let scratch = Scratch::new(name);
-    let identity = scratch.identity();
-    let mut a = Process::start(&identity, 1, limits.clone());
-    let mut b = Process::start(&identity, 2, limits);
-    assert_eq!(a.connect(&b).unwrap(), NodeId(2));
+fn pair(limits: Limits) -> (Process, Process) {
+    let mut a = Process::start(member(1), limits.clone());
+    let mut b = Process::start(member(2), limits);
+    assert_eq!(a.connect(&b).unwrap(), id(2));
     a.expect_up(2);
     b.expect_up(1);
-    (scratch, a, b)
+    (a, b)
 }
 
 #[test]
 fn each_lane_keeps_its_order_and_neither_waits_for_the_other() {
     // More than the windows hold, and few events: nobody takes one before the urgent frames are sent, so however
     // late this thread is, most of the bulk still waits then.
-    let (_scratch, a, mut b) = pair("order", Limits { events: 2, ..Limits::default() });
+    let (a, mut b) = pair(Limits { events: 2, ..Limits::default() });
     let bulk = 24u8;
     // Made before the first is sent, or a fast connection has half of them delivered while the rest are made.
     let frames: Vec<_> = (0..bulk).map(|i| vec![i; 1 << 20]).collect();
     for frame in frames {
-        a.control.send(NodeId(2), Lane::Main, frame).unwrap();
+        a.control.send(id(2), Lane::Main, frame).unwrap();
     }
-    a.control.send(NodeId(2), Lane::Urgent, vec![1]).unwrap();
-    a.control.send(NodeId(2), Lane::Urgent, vec![2]).unwrap();
+    a.control.send(id(2), Lane::Urgent, vec![1]).unwrap();
+    a.control.send(id(2), Lane::Urgent, vec![2]).unwrap();
     let (mut main, mut urgent, mut urgent_at) = (Vec::new(), Vec::new(), None);
     while main.len() < bulk.into() || urgent.len() < 2 {
         match b.next() {
@@ -139,43 +141,37 @@ fn each_lane_keeps_its_order_and_neither_waits_for_the_other() {
 #[test]
 fn a_killed_peer_is_down_in_time() {
     for idle_first in [false, true] {
-        let (_scratch, mut a, mut b) = pair("kill", Limits::default());
+        let (mut a, mut b) = pair(Limits::default());
         if idle_first {
             std::thread::sleep(Duration::from_millis(1200));
         } else {
-            b.control.send(NodeId(1), Lane::Main, vec![1]).unwrap();
+            b.control.send(id(1), Lane::Main, vec![1]).unwrap();
             a.next();
-            a.control.send(NodeId(2), Lane::Main, vec![1]).unwrap();
+            a.control.send(id(2), Lane::Main, vec![1]).unwrap();
         }
         b.kill();
         let begun = Instant::now();
         a.expect_down(2);
         let took = begun.elapsed();
         assert!(took < Duration::from_millis(1000), "noticed after {took:?}");
-        assert_eq!(
-            a.control.send(NodeId(2), Lane::Main, vec![1]),
-            Err(SendError::NotConnected { peer: NodeId(2) })
-        );
+        assert_eq!(a.control.send(id(2), Lane::Main, vec![1]), Err(SendError::NotConnected { peer: id(2) }));
     }
 }
 
 #[test]
 fn frames_and_queues_are_bounded() {
     let limits = Limits { frame_bytes: 1000, queued_frames: 8, events: 4, ..Limits::default() };
-    let (_scratch, a, mut b) = pair("bounds", limits);
-    let oversize = a.control.send(NodeId(2), Lane::Main, vec![0; 1001]);
+    let (a, mut b) = pair(limits);
+    let oversize = a.control.send(id(2), Lane::Main, vec![0; 1001]);
     assert_eq!(oversize, Err(SendError::Oversize { len: 1001, limit: 1000 }));
-    assert_eq!(
-        a.control.send(NodeId(9), Lane::Main, vec![]),
-        Err(SendError::NotConnected { peer: NodeId(9) })
-    );
+    assert_eq!(a.control.send(id(7), Lane::Main, vec![]), Err(SendError::NotConnected { peer: id(7) }));
     // Nobody takes b's events: the windows fill, then the queue.
     let mut sent = 0u32;
     let mut refused_since = None;
     let error = loop {
         let mut frame = vec![0; 1000];
         frame[..4].copy_from_slice(&sent.to_le_bytes());
-        match a.control.send(NodeId(2), Lane::Main, frame) {
+        match a.control.send(id(2), Lane::Main, frame) {
             Ok(()) => {
                 sent += 1;
                 refused_since = None;
@@ -193,7 +189,7 @@ fn frames_and_queues_are_bounded() {
         }
         assert!(sent < 100_000, "the queue is endless");
     };
-    assert_eq!(error, SendError::Backlogged { peer: NodeId(2), limit: 8 });
+    assert_eq!(error, SendError::Backlogged { peer: id(2), limit: 8 });
     assert!(a.control.metrics().backlogged > 0);
     for expected in 0..sent {
         match b.next() {
@@ -203,39 +199,77 @@ fn frames_and_queues_are_bounded() {
     }
 }
 
+/// Frames that nobody takes in are bounded by their bytes too, whoever sends them, and by one for a lane beyond that.
+#[test]
+fn frames_that_wait_are_bounded_by_their_bytes() {
+    // The second holds no frame whole.
+    for (event_bytes, taken) in [(10_000, 10), (500, 1)] {
+        let limits = Limits { event_bytes, ..Limits::default() };
+        let mut a = Process::start(member(1), limits);
+        let writers = [2, 3].map(|number| Process::start(member(number), Limits::default()));
+        for writer in &writers {
+            writer.connect(&a).unwrap();
+            assert!(matches!(a.next(), ControlEvent::Up { .. }));
+        }
+        for writer in &writers {
+            for i in 0..100 {
+                writer.control.send(id(1), Lane::Main, vec![i; 1000]).unwrap();
+            }
+        }
+        let (mut received, mut since) = (0, Instant::now());
+        while since.elapsed() < Duration::from_millis(300) || received < taken {
+            let now = a.control.metrics().frames_received;
+            if now != received {
+                (received, since) = (now, Instant::now());
+            }
+            assert!(since.elapsed() < Duration::from_secs(10), "only {received} came in");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        assert!(received <= taken + 2, "{received} frames wait where {event_bytes} bytes may");
+        let mut came = [Vec::new(), Vec::new()];
+        while came.iter().any(|came| came.len() < 100) {
+            match a.next() {
+                ControlEvent::Frame { peer, bytes, .. } => came[usize::from(peer == id(3))].push(bytes),
+                event => panic!("{event:?}"),
+            }
+        }
+        for came in came {
+            assert_eq!(came, (0..100).map(|i| vec![i; 1000]).collect::<Vec<_>>());
+        }
+    }
+}
+
 #[test]
 fn a_peer_that_breaks_the_rules_is_closed_alone() {
-    let scratch = Scratch::new("rules");
-    let identity = scratch.identity();
     let strict = Limits { frame_bytes: 100, ..Limits::default() };
-    let mut a = Process::start(&identity, 1, strict);
-    let mut b = Process::start(&identity, 2, Limits::default());
-    let mut c = Process::start(&identity, 3, Limits::default());
+    let mut a = Process::start(member(1), strict);
+    let mut b = Process::start(member(2), Limits::default());
+    let mut c = Process::start(member(3), Limits::default());
     for peer in [&mut b, &mut c] {
         peer.connect(&a).unwrap();
         peer.expect_up(1);
         assert!(matches!(a.next(), ControlEvent::Up { .. }));
     }
-    b.control.send(NodeId(1), Lane::Main, vec![0; 101]).unwrap();
+    b.control.send(id(1), Lane::Main, vec![0; 101]).unwrap();
     a.expect_down(2);
     let reason = b.expect_down(1);
     assert!(reason.contains("longer than 100"), "{reason}");
     assert_eq!(a.control.metrics().rule_breaks, 1);
-    c.control.send(NodeId(1), Lane::Main, vec![7]).unwrap();
-    assert_eq!(a.next(), ControlEvent::Frame { peer: NodeId(3), lane: Lane::Main, bytes: vec![7] });
+    c.control.send(id(1), Lane::Main, vec![7]).unwrap();
+    assert_eq!(a.next(), ControlEvent::Frame { peer: id(3), lane: Lane::Main, bytes: vec![7] });
 }
 
 #[test]
 fn strangers_are_refused() {
     let (ours, theirs) = (Scratch::new("ours"), Scratch::new("theirs"));
     let limits = Limits { handshake: Duration::from_secs(2), ..Limits::default() };
-    let mut a = Process::start(&ours.identity(), 1, limits.clone());
-    let b = Process::start(&theirs.identity(), 2, limits);
+    let mut a = Process::start(&ours.identity(), limits.clone());
+    let b = Process::start(&theirs.identity(), limits);
     for (from, to) in [(&a, &b), (&b, &a)] {
         let error = from.connect(to).unwrap_err().to_string();
         assert!(error.contains("certificate") || error.contains("UnknownIssuer"), "{error}");
     }
-    assert!(a.events.try_recv().is_err());
+    assert!(a.events.try_recv().is_none());
     // Nor does a node connect to itself, or to nobody.
     assert!(matches!(a.connect(&a), Err(ConnectError::Itself { .. })));
     let nobody = std::net::UdpSocket::bind(LOOPBACK).unwrap();
@@ -245,11 +279,9 @@ fn strangers_are_refused() {
 
 #[test]
 fn both_may_dial() {
-    let scratch = Scratch::new("both");
-    let identity = scratch.identity();
     for round in 0..20 {
-        let mut a = Process::start(&identity, 1, Limits::default());
-        let mut b = Process::start(&identity, 2, Limits::default());
+        let mut a = Process::start(member(1), Limits::default());
+        let mut b = Process::start(member(2), Limits::default());
         let dials: Vec<_> = [(&a, &b), (&b, &a), (&a, &b)]
             .into_iter()
             .map(|(from, to)| {
@@ -257,24 +289,24 @@ fn both_may_dial() {
                 from.runtime.as_ref().unwrap().spawn(async move { control.connect(addr).await })
             })
             .collect();
-        let found: Vec<_> = dials.into_iter().map(|dial| a.run(dial).unwrap().unwrap().0).collect();
-        assert_eq!(found, [2, 1, 2], "round {round}");
+        let found: Vec<_> = dials.into_iter().map(|dial| a.run(dial).unwrap().unwrap()).collect();
+        assert_eq!(found, [2, 1, 2].map(id), "round {round}");
         a.expect_up(2);
         b.expect_up(1);
-        a.control.send(NodeId(2), Lane::Main, vec![round]).unwrap();
+        a.control.send(id(2), Lane::Main, vec![round]).unwrap();
         let (lane, bytes) = (Lane::Main, vec![round]);
-        let peer = NodeId(1);
+        let peer = id(1);
         assert_eq!(b.next(), ControlEvent::Frame { peer, lane, bytes });
-        b.control.send(NodeId(1), Lane::Main, vec![round]).unwrap();
-        assert_eq!(a.next(), ControlEvent::Frame { peer: NodeId(2), lane: Lane::Main, bytes: vec![round] });
+        b.control.send(id(1), Lane::Main, vec![round]).unwrap();
+        assert_eq!(a.next(), ControlEvent::Frame { peer: id(2), lane: Lane::Main, bytes: vec![round] });
     }
 }
 
 #[test]
 fn closing_is_seen_by_both_and_can_be_mended() {
-    let (_scratch, mut a, mut b) = pair("close", Limits::default());
+    let (mut a, mut b) = pair(Limits::default());
     for _ in 0..3 {
-        a.control.close(NodeId(2));
+        a.control.close(id(2));
         a.expect_down(2);
         // It may dial before it knows that the old connection is gone.
         b.connect(&a).unwrap();
@@ -286,16 +318,13 @@ fn closing_is_seen_by_both_and_can_be_mended() {
 
 #[test]
 fn shutdown_delivers_what_is_queued() {
-    let (_scratch, a, mut b) = pair("shutdown", Limits::default());
+    let (a, mut b) = pair(Limits::default());
     for i in 0..200u8 {
-        a.control.send(NodeId(2), Lane::Main, vec![i; 10_000]).unwrap();
+        a.control.send(id(2), Lane::Main, vec![i; 10_000]).unwrap();
     }
     a.run(a.control.shutdown());
     for i in 0..200u8 {
-        assert_eq!(
-            b.next(),
-            ControlEvent::Frame { peer: NodeId(1), lane: Lane::Main, bytes: vec![i; 10_000] }
-        );
+        assert_eq!(b.next(), ControlEvent::Frame { peer: id(1), lane: Lane::Main, bytes: vec![i; 10_000] });
     }
     b.expect_down(1);
 }
@@ -314,9 +343,9 @@ fn racing_processes_get_the_same_ca() {
     assert_eq!(mode & 0o777, 0o600);
     let left: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["ca.pem"], "drafts are removed");
-    let first = Process::start(&identities[0], 100, Limits::default());
-    for (i, identity) in identities.iter().enumerate().skip(1) {
-        let other = Process::start(identity, i as u64, Limits::default());
-        assert_eq!(other.connect(&first).unwrap(), NodeId(100));
+    let first = Process::start(&identities[0], Limits::default());
+    for identity in &identities[1..] {
+        let other = Process::start(identity, Limits::default());
+        assert_eq!(other.connect(&first).unwrap(), identities[0].node());
     }
 }

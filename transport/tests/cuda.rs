@@ -12,11 +12,10 @@ use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, RegionId,
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const LEN: usize = 256 << 20;
-const WRITER: NodeId = NodeId(1);
-const READER: NodeId = NodeId(2);
 
 struct End {
     device: Arc<Device>,
+    node: NodeId,
     memory: Arc<HostRegion>,
     region: RegionId,
     transport: NetTransport,
@@ -24,7 +23,7 @@ struct End {
 }
 
 impl End {
-    fn new(node: NodeId, ordinal: usize, test: &str) -> Option<End> {
+    fn new(ordinal: usize, test: &str) -> Option<End> {
         let device = match Device::open(ordinal) {
             Ok(device) => device,
             Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
@@ -38,9 +37,9 @@ impl End {
         let dir = std::env::temp_dir().join(format!("tandem-cuda-{}-{test}", std::process::id()));
         let identity = Identity::load_or_create(&dir).unwrap();
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut transport = NetTransport::bind(here, &identity, node, config).unwrap();
+        let mut transport = NetTransport::bind(here, &identity, config).unwrap();
         let region = transport.register(Arc::clone(&memory)).unwrap();
-        Some(End { device, memory, region, transport, events: Vec::new() })
+        Some(End { device, node: identity.node(), memory, region, transport, events: Vec::new() })
     }
 
     fn twin(&self, range: Range<usize>) -> DeviceExtent {
@@ -51,8 +50,8 @@ impl End {
 /// Two that are connected; none without a GPU.
 fn ends(test: &str) -> Option<[End; 2]> {
     let last = Device::count().unwrap_or(1).clamp(1, 2) - 1;
-    let [mut writer, mut reader] = [End::new(WRITER, 0, test)?, End::new(READER, last, test)?];
-    writer.transport.connect(READER, reader.transport.local_addr());
+    let [mut writer, mut reader] = [End::new(0, test)?, End::new(last, test)?];
+    writer.transport.connect(reader.node, reader.transport.local_addr());
     let until = Instant::now() + PATIENCE;
     while writer.events.is_empty() || reader.events.is_empty() {
         writer.transport.poll(&mut writer.events);
@@ -61,7 +60,8 @@ fn ends(test: &str) -> Option<[End; 2]> {
     }
     std::fs::remove_dir_all(std::env::temp_dir().join(format!("tandem-cuda-{}-{test}", std::process::id())))
         .unwrap();
-    (writer.events.clear(), reader.events.clear());
+    writer.events.clear();
+    reader.events.clear();
     Some([writer, reader])
 }
 
@@ -70,11 +70,11 @@ fn pattern(salt: u64, len: usize) -> Vec<u8> {
     words.flat_map(u64::to_le_bytes).take(len).collect()
 }
 
-fn submit(writer: &mut End, window: Window, range: Range<usize>, number: usize) {
+fn submit(writer: &mut End, reader: NodeId, window: Window, range: Range<usize>, number: usize) {
     let source = writer.memory.extent(range.clone()).unwrap();
     let (offset, immediate) = (range.start as u64, number as u32);
     let write = Write { ticket: number as u64, source, window, offset, immediate };
-    writer.transport.submit(READER, write).unwrap();
+    writer.transport.submit(reader, write).unwrap();
 }
 
 /// One write that engines copy in several pieces, and many that are gathered: at the moment of the report, a write's last
@@ -87,10 +87,10 @@ fn what_is_reported_is_there() {
     for (round, size) in [LEN, 1 << 20, LEN, 1 << 20, 3 << 20, 64 << 10].into_iter().enumerate() {
         let sent = pattern(round as u64, LEN);
         writer.twin(0..LEN).write(&from, &sent).unwrap();
-        let window = reader.transport.open_window(WRITER, reader.region, 0..LEN).unwrap();
+        let window = reader.transport.open_window(writer.node, reader.region, 0..LEN).unwrap();
         let writes = (LEN / size).min(256);
         for number in 0..writes {
-            submit(&mut writer, window, number * size..(number + 1) * size, number);
+            submit(&mut writer, reader.node, window, number * size..(number + 1) * size, number);
         }
         let (mut landed, until) = (0, Instant::now() + PATIENCE);
         while landed < writes {
@@ -136,10 +136,10 @@ fn a_closed_window_is_its_owners() {
     let mut in_the_middle = 0;
     for round in 0..32u32 {
         let size = [32 << 20, 1 << 20, 5 << 20, 128 << 10][round as usize % 4];
-        let window = reader.transport.open_window(WRITER, reader.region, 0..LEN).unwrap();
+        let window = reader.transport.open_window(writer.node, reader.region, 0..LEN).unwrap();
         let writes = (LEN / size).min(512);
         for number in 0..writes {
-            submit(&mut writer, window, number * size..(number + 1) * size, number);
+            submit(&mut writer, reader.node, window, number * size..(number + 1) * size, number);
         }
         let until = Instant::now() + Duration::from_micros(u64::from(round / 4) * 60);
         while Instant::now() < until {

@@ -95,6 +95,23 @@ fn certificates_of_a_site_are_checked_before_peers_do() {
     check(&scratch, &ca_pem, &good, "nonsense", Some(&["node.key", "private key"]));
 }
 
+/// An id is of the certificate's key and of the start: neither alone brings it back.
+#[test]
+fn each_start_is_a_node_of_its_own() {
+    let scratch = Scratch::new("nodes");
+    let (ca, key) = (ca(), KeyPair::generate().unwrap());
+    let leaf = leaf().signed_by(&key, &ca).unwrap().pem();
+    let [ca, leaf, key] = [("ca", ca.pem()), ("leaf", leaf), ("key", key.serialize_pem())]
+        .map(|(name, pem)| scratch.put(name, &pem));
+    let started = [(); 3].map(|()| Identity::from_pem(&ca, &leaf, &key).unwrap());
+    assert_eq!(started[0].node(), started[0].clone().node());
+    let mut ids: Vec<_> = started.iter().map(Identity::node).collect();
+    ids.extend(started.iter().map(|identity| identity.another().unwrap().node()));
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), 6, "{ids:?}");
+}
+
 #[test]
 fn unusable_files_are_named() {
     let scratch = Scratch::new("files");

@@ -1,13 +1,18 @@
 //! Lanes that fail while their session goes on: nothing is lost, nothing lands twice.
 
+mod members;
+#[path = "members/node.rs"]
+mod node;
+
+use members::id;
+use node::Node;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::task::{Wake, Waker};
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
-use tandem_proto::ids::NodeId;
-use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, RegionId, Transport, Window, Write};
+use tandem_transport::{Event, NetConfig, Path, Transport, Window, Write};
 
 const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const REGION: usize = 8 << 20;
@@ -15,43 +20,18 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Tests that count what the process holds have it to themselves.
 static ALONE: Mutex<()> = Mutex::new(());
 
-fn identity() -> Identity {
-    static DIRS: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let n = DIRS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let dir = std::env::temp_dir().join(format!("tandem-lanes-{}-{n}", std::process::id()));
-    let identity = Identity::load_or_create(&dir).unwrap();
-    std::fs::remove_dir_all(dir).unwrap();
-    identity
+fn pair(paths: &[Path]) -> [Node; 2] {
+    pair_that_repairs(paths, Duration::from_secs(3600))
 }
 
-struct Node {
-    transport: NetTransport,
-    memory: Arc<HostRegion>,
-    region: RegionId,
-    events: Vec<Event>,
+fn pair_that_repairs(paths: &[Path], pause: Duration) -> [Node; 2] {
+    pair_with(NetConfig { paths: paths.to_vec(), repair: pause..=pause, ..NetConfig::default() })
 }
 
-fn id(node: usize) -> NodeId {
-    NodeId(node as u64 + 1)
-}
-
-fn pair(identity: &Identity, paths: &[Path]) -> [Node; 2] {
-    pair_that_repairs(identity, paths, Duration::from_secs(3600))
-}
-
-fn pair_that_repairs(identity: &Identity, paths: &[Path], pause: Duration) -> [Node; 2] {
-    pair_with(identity, NetConfig { paths: paths.to_vec(), repair: pause..=pause, ..NetConfig::default() })
-}
-
-fn pair_with(identity: &Identity, config: NetConfig) -> [Node; 2] {
+fn pair_with(config: NetConfig) -> [Node; 2] {
     let tls_turns = config.tls_turns.or(Some(2));
     let config = NetConfig { tls_connections: 2, tls_turns, ..config };
-    let mut nodes = [0, 1].map(|node| {
-        let mut transport = NetTransport::bind(ANY, identity, id(node), config.clone()).unwrap();
-        let memory = HostRegion::map(REGION).unwrap();
-        let region = transport.register(Arc::clone(&memory)).unwrap();
-        Node { transport, memory, region, events: Vec::new() }
-    });
+    let mut nodes = [0, 1].map(|node| Node::start(node, ANY, REGION, config.clone()));
     let addr = nodes[1].transport.local_addr();
     nodes[0].transport.connect(id(1), addr);
     for (node, other) in [(0, 1), (1, 0)] {
@@ -132,10 +112,9 @@ impl Wake for Unpark {
 /// A node loop that sleeps until it is woken hears of every landing, also when it has room for few events.
 #[test]
 fn who_sleeps_is_woken_however_few_events_there_may_be() {
-    let identity = identity();
     for path in [Path::Shm, Path::Tls, Path::Quic] {
         let config = NetConfig { paths: vec![path], event_limit: 2, ..NetConfig::default() };
-        let mut nodes = pair_with(&identity, config);
+        let mut nodes = pair_with(config);
         let region = nodes[1].region;
         let window = nodes[1].transport.open_window(id(0), region, 0..REGION).unwrap();
         let [writer, sleeper] = &mut nodes;
@@ -172,7 +151,7 @@ fn who_sleeps_is_woken_however_few_events_there_may_be() {
 fn short_writes_are_known_before_they_are_answered() {
     for turns in [1, 2] {
         let config = NetConfig { paths: vec![Path::Tls], tls_turns: Some(turns), ..NetConfig::default() };
-        let mut nodes = pair_with(&identity(), config);
+        let mut nodes = pair_with(config);
         let region = nodes[1].region;
         let window = nodes[1].transport.open_window(id(0), region, 0..REGION).unwrap();
         nodes[0].events.clear();
@@ -184,9 +163,7 @@ fn short_writes_are_known_before_they_are_answered() {
             }
             let (begun, mut sent) = (Instant::now(), 0);
             while sent < 250 {
-                for node in &mut nodes {
-                    node.transport.poll(&mut node.events);
-                }
+                nodes.iter_mut().for_each(Node::poll);
                 nodes[1].events.clear();
                 for event in nodes[0].events.drain(..) {
                     assert!(matches!(event, Event::Sent { .. }), "{turns} turns, round {round}: {event:?}");
@@ -210,11 +187,10 @@ fn tls_that_fails_loses_and_repeats_nothing() {
 
 fn fails_without_loss(path: Path) {
     let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
-    let identity = identity();
     let mut repeated = 0;
     for round in 0..200 {
         let mut rng = round as u64 + 1;
-        let mut nodes = pair(&identity, &[path, Path::Quic]);
+        let mut nodes = pair(&[path, Path::Quic]);
         assert_eq!(nodes[0].transport.path(id(1)), Some(path));
         for (at, to) in bytes(&nodes[0].memory).iter_mut().enumerate() {
             *to = byte(round, at);
@@ -277,7 +253,7 @@ fn held() -> [usize; 3] {
 fn is_taken_again(path: Path) {
     const ROUNDS: usize = 120;
     let _alone = ALONE.lock().unwrap_or_else(|e| e.into_inner());
-    let mut nodes = pair_that_repairs(&identity(), &[path, Path::Quic], Duration::from_millis(1));
+    let mut nodes = pair_that_repairs(&[path, Path::Quic], Duration::from_millis(1));
     let mut rng = 5;
     let mut held_before = None;
     let mut by_lane = 0;

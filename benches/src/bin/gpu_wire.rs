@@ -27,8 +27,6 @@ use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, RegionId,
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Lines that were said and not heard: the pipe holds others back.
 const LINES: usize = 64;
-const PREFILL: NodeId = NodeId(1);
-const DECODE: NodeId = NodeId(2);
 
 /// Measures the handoff of KV from one GPU to another, or within one where there is no second.
 #[derive(Parser)]
@@ -46,9 +44,11 @@ struct Options {
     /// Multiprocessors for packing, and for scattering.
     #[arg(long, default_value = "32")]
     multiprocessors: NonZeroU32,
-    /// The process where it lands, which this program starts by itself.
-    #[arg(long, hide = true)]
+    /// The process where it lands, which this program starts by itself, and who writes to it.
+    #[arg(long, hide = true, requires = "writer")]
     decode: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    writer: Option<u64>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -124,6 +124,7 @@ impl Case {
 
 /// One side: a GPU with packed memory that the transport moves, and pages.
 struct Side {
+    node: NodeId,
     shape: Shape,
     gpu: Gpu,
     packed: Arc<HostRegion>,
@@ -136,7 +137,7 @@ struct Side {
 }
 
 impl Side {
-    fn new(options: &Options, id: NodeId, ordinal: usize, dir: &FilePath) -> anyhow::Result<Side> {
+    fn new(options: &Options, ordinal: usize, dir: &FilePath) -> anyhow::Result<Side> {
         let shape = Shape::new(options.tokens, Order::Heads);
         let gpu = Gpu::open(ordinal)?;
         let packed = HostRegion::with_twin(gpu.kernels.device(), shape.bytes())?;
@@ -144,11 +145,24 @@ impl Side {
         let pages = DevicePages::new(shape.layout, gpu.take(shape.layout.bytes())?)?;
         let config = NetConfig { paths: vec![options.path], write_limit: 1 << 16, ..NetConfig::default() };
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut transport = NetTransport::bind(here, &Identity::load_or_create(dir)?, id, config)?;
+        let identity = Identity::load_or_create(dir)?;
+        let mut transport = NetTransport::bind(here, &identity, config)?;
         let region = transport.register(Arc::clone(&packed))?;
         transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
         let share = Share { checksum: true, multiprocessors: Some(options.multiprocessors) };
-        Ok(Side { shape, gpu, packed, packed_there, pages, transport, region, events: Vec::new(), share })
+        let node = identity.node();
+        Ok(Side {
+            node,
+            shape,
+            gpu,
+            packed,
+            packed_there,
+            pages,
+            transport,
+            region,
+            events: Vec::new(),
+            share,
+        })
     }
 
     /// Waits a little, or until the transport has something to tell.
@@ -201,12 +215,13 @@ struct Decode {
 
 impl Decode {
     fn new(options: &Options, dir: &FilePath) -> anyhow::Result<Decode> {
+        let writer = NodeId(options.writer.context("--writer")?);
         let last = Device::count()?.min(2) - 1;
-        let mut side = Side::new(options, DECODE, last, dir)?;
+        let mut side = Side::new(options, last, dir)?;
         let plan = side.gpu.plan(&side.shape)?;
         let Window { region, key, offset, len } =
-            side.transport.open_window(PREFILL, side.region, 0..side.packed.len())?;
-        println!("{} {region} {key} {offset} {len}", side.transport.local_addr());
+            side.transport.open_window(writer, side.region, 0..side.packed.len())?;
+        println!("{} {} {region} {key} {offset} {len}", side.node.0, side.transport.local_addr());
         side.until_connected()?;
         println!("connected");
         let (sender, lines) = mpsc::sync_channel(LINES);
@@ -320,10 +335,11 @@ struct Peer {
 }
 
 impl Peer {
-    fn start(options: &Options, dir: &FilePath) -> anyhow::Result<Peer> {
+    fn start(options: &Options, writer: NodeId, dir: &FilePath) -> anyhow::Result<Peer> {
         let mut child = Command::new(std::env::current_exe()?)
             .args(["--tokens", &options.tokens.to_string(), "--path", options.path.name()])
             .args(["--multiprocessors", &options.multiprocessors.to_string()])
+            .args(["--writer", &writer.0.to_string()])
             .arg("--decode")
             .arg(dir)
             .stdin(Stdio::piped())
@@ -373,6 +389,7 @@ struct Sample {
 struct Prefill {
     side: Side,
     peer: Peer,
+    reader: NodeId,
     window: Window,
 }
 
@@ -395,7 +412,7 @@ impl Prefill {
                     let offset = place.start as u64;
                     let (source, window) = (self.side.packed.extent(place)?, self.window);
                     let write = Write { ticket: 0, source, window, offset, immediate: packed as u32 };
-                    self.side.transport.submit(DECODE, write)?;
+                    self.side.transport.submit(self.reader, write)?;
                 }
                 self.peer.tell(&format!("sums {packed} {}", list(&moved.sums)))?;
                 all_sums.extend(moved.sums);
@@ -435,19 +452,22 @@ fn prefill(options: &Options) -> anyhow::Result<()> {
 }
 
 fn measure(options: &Options, dir: &FilePath) -> anyhow::Result<()> {
-    let peer = Peer::start(options, dir)?;
-    let mut side = Side::new(options, PREFILL, 0, dir)?;
+    let mut side = Side::new(options, 0, dir)?;
+    let peer = Peer::start(options, side.node, dir)?;
     fill(&side.gpu, side.pages.storage())?;
     let hello = peer.hear()?;
-    let [addr, region, key, offset, len] = hello.split(' ').collect::<Vec<_>>()[..] else { bail!("{hello}") };
+    let [reader, addr, region, key, offset, len] = hello.split(' ').collect::<Vec<_>>()[..] else {
+        bail!("{hello}")
+    };
     let window =
         Window { region: region.parse()?, key: key.parse()?, offset: offset.parse()?, len: len.parse()? };
-    side.transport.connect(DECODE, addr.parse()?);
+    let reader = NodeId(reader.parse()?);
+    side.transport.connect(reader, addr.parse()?);
     side.until_connected()?;
     ensure!(peer.hear()? == "connected", "the process where KV lands is not connected");
     println!("{}, by {}", side.gpu.kernels.device().name(), options.path);
     let bound = Bound::new(&side)?;
-    let mut prefill = Prefill { side, peer, window };
+    let mut prefill = Prefill { side, peer, reader, window };
     println!(
         "{:<12} {:>6} {:>12} {:>8}   {:>10} {:>10} {:>10} {:>12}",
         "", "MiB", "verified us", "GB/s", "before us", "wire us", "after us", "copy us"

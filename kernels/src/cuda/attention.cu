@@ -14,10 +14,6 @@ __device__ __forceinline__ void copy16(u32 to, const void* from, bool there) {
                  : "memory");
 }
 
-__device__ __forceinline__ void copy4(u32 to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;\n" ::"r"(to), "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
 // Waits until no more than N groups are under way.
@@ -88,34 +84,21 @@ const float LOG2E = 1.4426950408889634f;
 
 const int ROWS = 128, KEYS = 64;
 
-// The page of each of a block's keys into shared memory, well before it is needed; beyond the end the first one.
-__device__ __forceinline__ void load_places(const Flash& p, u32 table, int block, int end, u32 (&places)[2][KEYS]) {
-    if (threadIdx.x >= KEYS) return;
-    int position = block * KEYS + (int)threadIdx.x;
-    u32 page = position < end ? __umulhi(position, p.pages.magic) : 0;
-    copy4(shared_address(&places[block & 1][threadIdx.x]), p.pages.tables + table + page);
-}
-
 template <typename T, int D>
-__device__ __forceinline__ void load_keys(const Flash& p, const T* head, const u32 (&places)[2][KEYS], int block, int end,
-                                          u32 tile) {
+__device__ __forceinline__ void load_keys(const Flash& p, const T* head, u32 table, int block, int end, u32 tile) {
     constexpr int CHUNKS = D / 8, AT_ONCE = 128 / CHUNKS;
     u32 chunk = threadIdx.x % CHUNKS, row = threadIdx.x / CHUNKS;
 #pragma unroll
     for (int i = 0; i < KEYS / AT_ONCE; i++, row += AT_ONCE) {
-        u32 position = block * KEYS + row;
-        bool there = (int)position < end;
-        u32 slot = there ? position - __umulhi(position, p.pages.magic) * p.pages.page_tokens : 0;
-        const T* from = head + places[block & 1][row] * p.pages.page + slot * D + chunk * 8;
-        copy16(chunk_at<D>(tile, row, chunk), from, there);
+        int position = block * KEYS + row;
+        bool there = position < end;
+        copy16(chunk_at<D>(tile, row, chunk), key_at<T, D>(p, head, table, there ? position : 0) + chunk * 8, there);
     }
 }
 
 template <typename T, int D>
 __device__ __forceinline__ void prefill(const Flash& p) {
-    begun();
     extern __shared__ __align__(128) u8 memory[];
-    __shared__ u32 places[2][KEYS];
     constexpr int CHUNKS = D / 8, STEPS = D / 16, PARTS = KEYS / 8, OUTS = D / 8;
     const u32 q_tile = shared_address(memory), k_tile = q_tile + ROWS * D * 2, v_tile = k_tile + KEYS * D * 2;
     const Queries queries = p.queries[blockIdx.y];
@@ -127,18 +110,13 @@ __device__ __forceinline__ void prefill(const Flash& p) {
     const int end = queries.position + (int)queries.count;
     const int first = first_seen(p.heads, queries.position) / KEYS, last = (end - 1) / KEYS;
 
-    load_places(p, queries.table, last, end, places);
-    commit();
     const T* q = (const T*)p.qkv + (u64)queries.row * width + head * D;
     for (u32 i = threadIdx.x; i < ROWS * CHUNKS; i += 128) {
         u32 row = i / CHUNKS, chunk = i % CHUNKS;
         bool there = row < queries.count;
         copy16(chunk_at<D>(q_tile, row, chunk), q + (u64)(there ? row : 0) * width + chunk * 8, there);
     }
-    commit();
-    landed<1>();
-    __syncthreads();
-    load_keys<T, D>(p, keys, places, last, end, k_tile);
+    load_keys<T, D>(p, keys, queries.table, last, end, k_tile);
     commit();
 
     float out[2][OUTS][4], maximum[2][2], sum[2][2];
@@ -156,8 +134,7 @@ __device__ __forceinline__ void prefill(const Flash& p) {
     for (int block = last; block >= first; block--) {
         landed<0>();
         __syncthreads();
-        load_keys<T, D>(p, values, places, block, end, v_tile);
-        if (block > first) load_places(p, queries.table, block - 1, end, places);
+        load_keys<T, D>(p, values, queries.table, block, end, v_tile);
         commit();
 
         float scores[2][PARTS][4];
@@ -234,7 +211,7 @@ __device__ __forceinline__ void prefill(const Flash& p) {
         landed<0>();
         __syncthreads();
         if (block > first) {
-            load_keys<T, D>(p, keys, places, block - 1, end, k_tile);
+            load_keys<T, D>(p, keys, queries.table, block - 1, end, k_tile);
             commit();
         }
 
@@ -305,7 +282,6 @@ __device__ __forceinline__ void load_unit(const Flash& p, const T* keys, u32 tab
 
 template <typename T, int D>
 __device__ __forceinline__ void decode(const Flash& p) {
-    begun();
     extern __shared__ __align__(128) u8 memory[];
     __shared__ float maxima[4][16], totals[4][16];
     constexpr int STEPS = D / 16, OUTS = D / 8, STAGE = 2 * UNIT * D * 2;
@@ -455,7 +431,6 @@ DECODE(decode_bf16_128, bf16, 128)
 // What the blocks of `decode` found, into one: a block a head and query, a thread a number of the head.
 template <typename T>
 __device__ __forceinline__ void gather(const Flash& p) {
-    begun();
     const Queries query = p.queries[blockIdx.y];
     if (query.position < 0) return;
     u64 at = ((u64)blockIdx.y * p.heads.heads + blockIdx.x) * p.splits;

@@ -7,8 +7,8 @@ use crate::pages::Paged;
 use cudarc::driver::{CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaStream, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::ffi::c_void;
+use std::slice;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::{ptr, slice};
 use tandem_memory::cuda::{CudaError, Device, DeviceRegion, PinnedRegion};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::{LayerIdx, TokenId};
@@ -23,8 +23,6 @@ const DECODE_STAGES: usize = 4 * 3;
 const UNIT: usize = 16;
 /// Rows that every allocation is good for, so that growing batches do not take memory over and over.
 const LEAST_ROWS: usize = 256;
-/// Of the kernels' version for GPUs of so much, times ten, `begun()` in `numbers.cuh` waits.
-const EARLY_SINCE: i32 = 90;
 /// Rows of a product that is not cuBLASLt's at most, and what must divide its sizes, as in `product.cu`.
 const FEW_ROWS: usize = 16;
 const FEW_OUTPUTS: usize = 16;
@@ -160,10 +158,6 @@ pub struct Compute {
     device: Arc<Device>,
     stream: Arc<CudaStream>,
     functions: Functions,
-    /// Whether the kernels wait for the one before them themselves, and so may start early.
-    early: bool,
-    /// Whether weights were written just now: a product reads them before it waits.
-    filled: bool,
     blas: Blas,
     dtype: Dtype,
     failed: Option<ComputeError>,
@@ -431,14 +425,10 @@ impl Compute {
             device.said(&format!("give a block {bytes} bytes of shared memory"), said)?;
         }
         let event = || device.said("make an event", device.context().new_event(None));
-        let compiled = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
-        let compiled = device.said("tell of a kernel", functions.norm.get_attribute(compiled))?;
         Ok(Compute {
             device: Arc::clone(device),
             stream: device.stream()?,
             functions,
-            early: compiled >= EARLY_SINCE,
-            filled: false,
             blas: Blas::open(device)?,
             dtype,
             failed: None,
@@ -1195,32 +1185,20 @@ impl Compute {
         }
         self.timed(work, |this| {
             this.bind()?;
+            let [x, y, z] = grid;
             let mut pointers = [(&raw mut parameters).cast::<c_void>()];
-            let mut early = sys::CUlaunchAttribute {
-                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            };
-            let config = sys::CUlaunchConfig {
-                gridDimX: grid[0],
-                gridDimY: grid[1],
-                gridDimZ: grid[2],
-                blockDimX: block,
-                blockDimY: 1,
-                blockDimZ: 1,
-                sharedMemBytes: shared as u32,
-                hStream: this.stream.cu_stream(),
-                attrs: &raw mut early,
-                numAttrs: u32::from(this.early && this.clock.is_none() && !this.filled),
-            };
             // SAFETY: every kernel takes one struct, which `parameters` mirrors; the memory that it names lives as long
-            // as the work that uses it, since the driver gives memory back after that. A kernel that starts early waits
-            // for those before it.
+            // as the work that uses it, since the driver gives memory back after that.
             let said = unsafe {
-                let (function, none) = (function.cu_function(), ptr::null_mut());
-                sys::cuLaunchKernelEx(&raw const config, function, pointers.as_mut_ptr(), none).result()
+                result::launch_kernel(
+                    function.cu_function(),
+                    (x, y, z),
+                    (block, 1, 1),
+                    shared as u32,
+                    this.stream.cu_stream(),
+                    &mut pointers,
+                )
             };
-            this.filled = work == LOAD;
             Ok(this.device.said(&format!("launch {}", work.0), said)?)
         })
     }

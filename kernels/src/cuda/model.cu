@@ -13,7 +13,6 @@ struct Convert {
 };
 
 extern "C" __global__ void convert(Convert p) {
-    begun();
     u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     for (; at < p.count; at += (u64)gridDim.x * blockDim.x) write(p.to, p.to_stored, at, read(p.from, p.from_stored, at));
 }
@@ -26,7 +25,6 @@ struct Dummy {
 };
 
 extern "C" __global__ void dummy(Dummy p) {
-    begun();
     u64 at = (u64)blockIdx.x * blockDim.x + threadIdx.x;
     for (; at < p.count; at += (u64)gridDim.x * blockDim.x) {
         u64 x = (at + p.seed) * 0x9E3779B97F4A7C15; // splitmix64
@@ -47,7 +45,6 @@ struct Embed {
 };
 
 extern "C" __global__ void embed(Embed p) {
-    begun();
     u64 from = (u64)p.tokens[blockIdx.x] * p.width, to = (u64)blockIdx.x * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x) p.out[to + i] = read(p.table, p.stored, from + i);
 }
@@ -60,7 +57,6 @@ struct Select {
 };
 
 extern "C" __global__ void choose(Select p) {
-    begun();
     u64 from = (u64)p.rows[blockIdx.x] * p.words, to = (u64)blockIdx.x * p.words;
     for (u32 i = threadIdx.x; i < p.words; i += blockDim.x) p.out[to + i] = p.from[from + i];
 }
@@ -72,7 +68,6 @@ struct Bias {
 };
 
 extern "C" __global__ void bias(Bias p) {
-    begun();
     u64 row = (u64)blockIdx.x * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += blockDim.x)
         write(p.out, p.stored, row + i, read(p.out, p.stored, row + i) + p.bias[i]);
@@ -89,7 +84,6 @@ struct Norm {
 // A block a row.
 template <typename T>
 __device__ __forceinline__ void norm(const Norm& p) {
-    begun();
     __shared__ float sums[32];
     const float* x = p.x + (u64)blockIdx.x * p.width;
     T* out = (T*)p.out + (u64)blockIdx.x * p.width;
@@ -133,7 +127,6 @@ struct Gate {
 // silu(gate) * up; a block's row is y, so many elements a thread that they are 16 bytes.
 template <typename T>
 __device__ __forceinline__ void gate(const Gate& p) {
-    begun();
     constexpr u32 EACH = 16 / sizeof(T);
     struct __align__(16) Some {
         T of[EACH];
@@ -177,7 +170,6 @@ struct Turn {
 // x; the blocks of y share its heads out, a warp a head.
 template <typename T>
 __device__ __forceinline__ void turn(const Turn& p) {
-    begun();
     extern __shared__ float angles[]; // [cos|sin][half]
     Row row = p.rows[blockIdx.x];
     if (row.position < 0) return;
@@ -253,7 +245,6 @@ const u32 PLAIN_DIMS = 8; // of each lane at most: heads of up to 256
 // A warp for each row and head: y and x. Four warps of a block share the keys out, each by an online softmax.
 template <typename T>
 __device__ __forceinline__ void plain(const Plain& p) {
-    begun();
     __shared__ float outs[4][PLAIN_DIMS * 32], maxima[4], sums[4];
     Row row = p.rows[blockIdx.y];
     if (row.position < 0) return;

@@ -71,14 +71,6 @@ __device__ __forceinline__ int first_seen(const Heads& heads, int position) {
     return position + 1 > (int)heads.window ? position + 1 - (int)heads.window : 0;
 }
 
-// A GPU may start a kernel before the one ahead of it is over. Nothing that one has made is read, and nothing written,
-// before this. The next one may start from then on.
-__device__ __forceinline__ void begun() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-
 // c += a * b on tensor cores: 16 rows of a, 8 columns of b, 16 numbers each. The lane's numbers of a are rows lane/4 and
 // lane/4 + 8, those of b column lane/4, those of c as a's rows.
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1, bf16) {

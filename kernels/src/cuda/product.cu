@@ -51,7 +51,6 @@ __device__ __forceinline__ void few(const Few& p) {
     float c[N][4] = {};
     u32 chunk = warp * AHEAD;
     load(chunk);
-    begun();
     for (; chunk < chunks; chunk += WARPS * AHEAD) {
         uint4 b[AHEAD][N];
 #pragma unroll

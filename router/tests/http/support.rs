@@ -7,7 +7,6 @@ use router::metrics::Metrics;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use tandem_process::Shutdown;
@@ -19,10 +18,9 @@ use tandem_proto::wire::{
 };
 use tandem_text::TextModel;
 use tandem_transport::Identity;
-use tandem_transport::control::{Control, ControlEvent, Lane, Limits};
+use tandem_transport::control::{Control, ControlEvent, ControlEvents, Lane, Limits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -42,13 +40,11 @@ static IDENTITY: LazyLock<Identity> = LazyLock::new(|| {
     identity
 });
 
-static NEXT_NODE: AtomicU64 = AtomicU64::new(1);
-
-fn bind() -> (Control, mpsc::Receiver<ControlEvent>, NodeId) {
-    let node = NodeId(NEXT_NODE.fetch_add(1, Relaxed));
+fn bind() -> (Control, ControlEvents, NodeId) {
+    let identity = IDENTITY.another().unwrap();
     let (control, events) =
-        Control::bind("127.0.0.1:0".parse().unwrap(), &IDENTITY, node, Limits::default()).unwrap();
-    (control, events, node)
+        Control::bind("127.0.0.1:0".parse().unwrap(), &identity, Limits::default()).unwrap();
+    (control, events, identity.node())
 }
 
 /// What differs between tests.
@@ -199,7 +195,7 @@ impl Router {
 /// A node that does what the test says.
 pub(crate) struct Node {
     control: Control,
-    events: mpsc::Receiver<ControlEvent>,
+    events: ControlEvents,
     router: NodeId,
     pub(crate) id: NodeId,
 }

@@ -13,11 +13,13 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tandem_proto::ids::NodeId;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
-const PROTOCOL: &[u8] = b"tandem-control/1";
+/// Each lane is one stream. The dialler opens both.
+pub(crate) const STREAMS: Streams =
+    Streams { protocol: b"tandem-control/1", bidirectional: 2, unidirectional: 0, independent: 2 };
 
 /// Ended lives that are remembered, to tell a peer which one is over.
 const MAX_REMEMBERED: usize = 4096;
@@ -33,6 +35,9 @@ pub struct Limits {
     pub queued_bytes: usize,
     /// Events waiting to be received, at most: when there are more, peers are kept waiting.
     pub events: usize,
+    /// Bytes of frames among them, at most; beyond that each lane of each peer holds one frame. One frame is always
+    /// taken.
+    pub event_bytes: usize,
     /// Peers, at most.
     pub peers: usize,
     /// How long connecting may take.
@@ -50,6 +55,7 @@ impl Default for Limits {
             queued_frames: 4096,
             queued_bytes: 64 << 20,
             events: 1024,
+            event_bytes: 64 << 20,
             peers: 1024,
             handshake: Duration::from_secs(3),
             farewell: Duration::from_secs(1),
@@ -127,13 +133,17 @@ pub struct Control {
 
 struct Shared {
     local: NodeId,
+    /// Tells peers that it is the node `local`.
+    nonce: u64,
     bound: Bound,
     addr: SocketAddr,
     limits: Limits,
     peers: Mutex<BTreeMap<NodeId, Peer>>,
     /// Told whenever a peer's state changes.
     changed: Notify,
-    events: mpsc::Sender<ControlEvent>,
+    events: mpsc::Sender<Waiting>,
+    /// Room for frames in `events`, by the byte. First come, first served, so no peer takes all of it from the others.
+    room: Arc<Semaphore>,
     counters: Counters,
 }
 
@@ -164,6 +174,24 @@ struct Life {
     lanes: Option<[LaneQueue; 2]>,
 }
 
+/// An event that nobody has taken yet, and the room that its bytes take up.
+type Waiting = (ControlEvent, Option<OwnedSemaphorePermit>);
+
+/// What happens on a control channel, in order.
+pub struct ControlEvents(mpsc::Receiver<Waiting>);
+
+impl ControlEvents {
+    /// Waits for the next event; none when the channel has ended. May be given up and begun anew.
+    pub async fn recv(&mut self) -> Option<ControlEvent> {
+        self.0.recv().await.map(|(event, _room)| event)
+    }
+
+    /// The next event if there is one already.
+    pub fn try_recv(&mut self) -> Option<ControlEvent> {
+        self.0.try_recv().ok().map(|(event, _room)| event)
+    }
+}
+
 #[derive(Clone)]
 struct LaneQueue {
     frames: mpsc::Sender<Vec<u8>>,
@@ -176,7 +204,7 @@ fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl Control {
-    /// Listens, and takes whoever has a certificate of the cluster. Must be called within a tokio runtime,
+    /// Listens as [`Identity::node`], and takes whoever has a certificate of the cluster. Must be called within a tokio runtime,
     /// which then does the work; the events come in order.
     ///
     /// # Errors
@@ -184,26 +212,26 @@ impl Control {
     pub fn bind(
         addr: SocketAddr,
         identity: &Identity,
-        local: NodeId,
         limits: Limits,
-    ) -> Result<(Control, mpsc::Receiver<ControlEvent>), BindError> {
-        // Each lane is one stream. The dialler opens both.
-        let streams = Streams { protocol: PROTOCOL, bidirectional: 2, unidirectional: 0, independent: 2 };
-        let bound = Bound::new(addr, identity, &limits.tuning, streams)?;
+    ) -> Result<(Control, ControlEvents), BindError> {
+        let bound = Bound::new(addr, identity, &limits.tuning, STREAMS)?;
         let addr = bound.local_addr().map_err(|source| BindError::Bind { addr, source })?;
         let (events, receiver) = mpsc::channel(limits.events.max(1));
+        let room = Arc::new(Semaphore::new(limits.event_bytes.clamp(1, Semaphore::MAX_PERMITS)));
         let shared = Arc::new(Shared {
-            local,
+            local: identity.node(),
+            nonce: identity.nonce(),
             bound,
             addr,
             limits,
             peers: Mutex::default(),
             changed: Notify::new(),
             events,
+            room,
             counters: Counters::default(),
         });
         tokio::spawn(Arc::clone(&shared).accept());
-        Ok((Control { shared }, receiver))
+        Ok((Control { shared }, ControlEvents(receiver)))
     }
 
     /// Where it listens.
@@ -334,7 +362,7 @@ impl Shared {
     }
 
     fn hello(&self, life: u64) -> Hello {
-        Hello { node: self.local, life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
+        Hello { nonce: self.nonce, life, part: 0, parts: 1, ports: [0; MAX_PORTS] }
     }
 
     async fn dial(self: Arc<Self>, addr: SocketAddr) -> Result<NodeId, ConnectError> {
@@ -344,7 +372,7 @@ impl Shared {
         let life = getrandom::u64().map_err(|e| failed(e.to_string()))?;
         let mut exchange =
             Exchange::dial(&connection, &self.hello(life)).await.map_err(|e| failed(e.to_string()))?;
-        let node = exchange.peer.node;
+        let node = exchange.node;
         if node == self.local {
             return Err(ConnectError::Itself { addr });
         }
@@ -439,7 +467,7 @@ impl Shared {
     async fn admit(self: Arc<Self>, connecting: quinn::Connecting) -> Result<(), HandshakeError> {
         let connection = connecting.await?;
         let mut exchange = Exchange::answer(&connection, &self.hello(0)).await?;
-        let (node, life) = (exchange.peer.node, exchange.peer.life);
+        let (node, life) = (exchange.node, exchange.peer.life);
         let last_ended = exchange.confirmation().await?;
         let admitted = node != self.local && {
             let mut peers = self.peers();
@@ -521,7 +549,7 @@ impl Shared {
         }
         add(&self.counters.ups, 1);
         let up = ControlEvent::Up { peer: node, addr: connection.remote_address() };
-        let _ = self.events.send(up).await;
+        let _ = self.events.send((up, None)).await;
         let mut readers = JoinSet::new();
         let mut writers = JoinSet::new();
         // What is urgent leaves before what was queued earlier. Only a connection that is lost refuses this.
@@ -547,7 +575,7 @@ impl Shared {
         // What has arrived is still handed over.
         while readers.join_next().await.is_some() {}
         add(&self.counters.downs, 1);
-        let _ = self.events.send(ControlEvent::Down { peer: node, reason }).await;
+        let _ = self.events.send((ControlEvent::Down { peer: node, reason }, None)).await;
     }
 
     fn ended(&self, node: NodeId, life: u64) {
@@ -598,8 +626,12 @@ impl Shared {
                     Ok(Some(bytes)) => {
                         add(&self.counters.frames_received, 1);
                         add(&self.counters.bytes_received, bytes.len() as u64);
+                        // As much as there can ever be, for one that is longer.
+                        let room = bytes.len().min(self.limits.event_bytes.max(1));
+                        let room = u32::try_from(room).unwrap_or(u32::MAX);
+                        let Ok(room) = Arc::clone(&self.room).acquire_many_owned(room).await else { return };
                         let frame = ControlEvent::Frame { peer: node, lane, bytes };
-                        if self.events.send(frame).await.is_err() {
+                        if self.events.send((frame, Some(room))).await.is_err() {
                             // Nobody listens any more.
                             return;
                         }

@@ -7,7 +7,9 @@
 mod channel;
 pub mod frame;
 
-pub use channel::{ConnectError, Control, ControlMetrics, Limits};
+#[cfg(test)]
+pub(crate) use channel::STREAMS;
+pub use channel::{ConnectError, Control, ControlEvents, ControlMetrics, Limits};
 
 use std::net::SocketAddr;
 use tandem_proto::ids::NodeId;

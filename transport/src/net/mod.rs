@@ -175,16 +175,11 @@ enum Stop {
 }
 
 impl NetTransport {
-    /// Listens, and takes whoever has a certificate of the cluster.
+    /// Listens as [`Identity::node`], and takes whoever has a certificate of the cluster.
     ///
     /// # Errors
     /// When the address cannot be had, or a setting is out of bounds.
-    pub fn bind(
-        addr: SocketAddr,
-        identity: &Identity,
-        local: NodeId,
-        config: NetConfig,
-    ) -> Result<NetTransport, BindError> {
+    pub fn bind(addr: SocketAddr, identity: &Identity, config: NetConfig) -> Result<NetTransport, BindError> {
         let bounds = [
             ("threads", config.threads, 1..=MAX_PORTS, "from 1 to 16"),
             ("connections", config.connections, 1..=life::MAX_PARTS, "from 1 to 64"),
@@ -243,7 +238,7 @@ impl NetTransport {
         let addr = workers[0].addr;
         let seed = getrandom::u64().map_err(|e| BindError::Tls(format!("no randomness: {e}")))?;
         let of_one_host = [Path::CudaIpc, Path::Shm].iter().any(|path| config.paths.contains(path));
-        let shm = of_one_host.then(|| shm::Listener::new(local));
+        let shm = of_one_host.then(|| shm::Listener::new(identity.node()));
         let shm = shm.and_then(|listener| match listener {
             Ok(listener) => Some(listener),
             Err(error) => {
@@ -259,7 +254,7 @@ impl NetTransport {
                 None
             }
         });
-        let node = Arc::new(Node::new(local, config, workers, shm, tls, seed)?);
+        let node = Arc::new(Node::new(identity, config, workers, shm, tls, seed)?);
         node.fetches.start(&node).map_err(BindError::Thread)?;
         if node.tls().is_some() {
             let accepting = Arc::clone(&node);

@@ -10,6 +10,7 @@ use crate::events::EventQueue;
 use crate::handshake::{
     Choice, CloseCode, Exchange, HandshakeError, Hello, MAX_PORTS, Offers, Standing, admits,
 };
+use crate::identity::Identity;
 use crate::quic::Link;
 #[cfg(feature = "rdma")]
 use crate::rdma::{Answered, Offered, Rdma, RdmaConfig};
@@ -56,6 +57,8 @@ pub(super) struct Worker {
 /// Locks are taken in this order: `peers`, a life's state, a window, `outbox`.
 pub(crate) struct Node {
     local: NodeId,
+    /// Tells peers that it is the node `local`.
+    nonce: u64,
     pub(crate) config: NetConfig,
     pub(crate) windows: Windows,
     workers: Vec<Worker>,
@@ -165,6 +168,50 @@ enum DialError {
     Stopping,
 }
 
+/// What came of making lanes.
+#[derive(Default)]
+struct Made {
+    /// The path that there is now.
+    path: Option<Path>,
+    /// Why it is no better one.
+    why: String,
+    /// The best path that did not come about for a reason that may pass.
+    hope: Option<Path>,
+}
+
+impl Made {
+    /// Paths are tried in their order, the best first.
+    fn note(&mut self, path: Path, made: Result<(), NoLane>) {
+        match made {
+            Ok(()) => self.path = Some(path),
+            Err(NoLane { why, may_pass }) => {
+                let separator = if self.why.is_empty() { "" } else { "; " };
+                self.why.push_str(&format!("{separator}{path}: {why}"));
+                self.hope = self.hope.or(may_pass.then_some(path));
+            }
+        }
+    }
+}
+
+/// Why a lane did not come about.
+struct NoLane {
+    why: String,
+    /// Whether it may come about later in the same session.
+    may_pass: bool,
+}
+
+impl From<shm::Error> for NoLane {
+    fn from(error: shm::Error) -> NoLane {
+        NoLane { may_pass: error.may_pass(), why: error.to_string() }
+    }
+}
+
+impl From<tls::TlsError> for NoLane {
+    fn from(error: tls::TlsError) -> NoLane {
+        NoLane { may_pass: error.may_pass(), why: error.to_string() }
+    }
+}
+
 /// Makes queue pairs, or waits for what they say, on a thread that may wait.
 #[cfg(feature = "rdma")]
 async fn blocking<T: Send + 'static>(
@@ -192,7 +239,7 @@ fn rdma_devices(config: &NetConfig) -> Result<Option<Arc<Rdma>>, BindError> {
 
 impl Node {
     pub(super) fn new(
-        local: NodeId,
+        identity: &Identity,
         config: NetConfig,
         workers: Vec<Worker>,
         shm: Option<shm::Listener>,
@@ -200,7 +247,8 @@ impl Node {
         seed: u64,
     ) -> Result<Node, BindError> {
         Ok(Node {
-            local,
+            local: identity.node(),
+            nonce: identity.nonce(),
             windows: Windows::default(),
             workers,
             peers: Mutex::default(),
@@ -615,9 +663,9 @@ impl Node {
         let worker = &self.workers[0];
         let connection = worker.bound.connect(addr)?.await?;
         let mut exchange = Exchange::dial(&connection, &self.hello(number, 0, parts)).await?;
-        if exchange.peer.node != peer {
+        if exchange.node != peer {
             connection.close(CloseCode::Settled.into(), b"another node was meant");
-            return Err(DialError::OtherNode(exchange.peer.node));
+            return Err(DialError::OtherNode(exchange.node));
         }
         let last_ended = {
             let mut peers = lock(&self.peers);
@@ -665,25 +713,26 @@ impl Node {
         }
         let wanted: Vec<Path> =
             self.config.paths.iter().copied().filter(|path| *path != Path::Quic).collect();
-        let (made, why) = self.make_lanes(&life, &offers, &wanted, &way, &mut exchange).await?;
-        let mut choice = Choice { paths: made.into_iter().collect(), why };
+        let Made { path, why, hope } = self.make_lanes(&life, &offers, &wanted, &way, &mut exchange).await?;
+        let mut choice = Choice { paths: path.into_iter().collect(), why };
         if self.config.paths.contains(&Path::Quic) {
             choice.paths.push(Path::Quic);
         }
-        let Some(best) = choice.paths.first().copied() else {
+        let Some(first) = choice.paths.first().copied() else {
             return Err(DialError::NoPath(choice.why));
         };
-        tracing::info!(%peer, path = %best, why_not = choice.why, "path chosen");
+        tracing::info!(%peer, path = %first, why_not = choice.why, "path chosen");
         if !exchange.choose(&choice).await? || !self.begin(&life, &choice) {
             return Err(DialError::Refused);
         }
-        if choice.paths.len() > 1 {
+        if choice.paths.len() > 1 || hope.is_some() {
+            let best = hope.map_or(first, |hope| hope.min(first));
             tokio::spawn(Arc::clone(&self).keep_best(life, exchange, best, way));
         }
         Ok(())
     }
 
-    /// Opens the best of these paths that both sides have. Returns it, and why it was no better one.
+    /// Opens the best of these paths that both sides have.
     async fn make_lanes(
         self: &Arc<Self>,
         life: &Arc<Life>,
@@ -691,41 +740,29 @@ impl Node {
         wanted: &[Path],
         way: &Way,
         exchange: &mut Exchange,
-    ) -> Result<(Option<Path>, String), HandshakeError> {
+    ) -> Result<Made, HandshakeError> {
         let wanted = |path| wanted.contains(&path);
-        let (mut made, mut why_not) = (None, Vec::new());
+        let mut made = Made::default();
         if wanted(Path::CudaIpc) {
-            match self.make_cuda_ipc(life, offers).await {
-                Ok(()) => made = Some(Path::CudaIpc),
-                Err(error) => why_not.push(format!("{}: {error}", Path::CudaIpc)),
-            }
+            made.note(Path::CudaIpc, self.make_cuda_ipc(life, offers).await.map_err(NoLane::from));
         }
-        if made.is_none() && wanted(Path::Shm) {
-            match self.make_shm(life, offers).await {
-                Ok(()) => made = Some(Path::Shm),
-                Err(error) => why_not.push(format!("{}: {error}", Path::Shm)),
-            }
+        if made.path.is_none() && wanted(Path::Shm) {
+            made.note(Path::Shm, self.make_shm(life, offers).await.map_err(NoLane::from));
         }
         let rdma_offer = offers.rdma.as_deref();
-        if made.is_none() && wanted(Path::Rdma) {
-            match self.make_rdma(life, &offers.secret, rdma_offer, exchange).await? {
-                Ok(()) => made = Some(Path::Rdma),
-                Err(error) => why_not.push(format!("{}: {error}", Path::Rdma)),
-            }
+        if made.path.is_none() && wanted(Path::Rdma) {
+            made.note(Path::Rdma, self.make_rdma(life, &offers.secret, rdma_offer, exchange).await?);
         } else if rdma_offer.is_some() {
             exchange.answer_rdma(&[]).await?;
         }
-        if made.is_none() && wanted(Path::Tls) {
-            match self.make_tls(life, offers, way).await {
-                Ok(()) => made = Some(Path::Tls),
-                Err(error) => why_not.push(format!("{}: {error}", Path::Tls)),
-            }
+        if made.path.is_none() && wanted(Path::Tls) {
+            made.note(Path::Tls, self.make_tls(life, offers, way).await.map_err(NoLane::from));
         }
-        Ok((made, why_not.join("; ")))
+        Ok(made)
     }
 
-    /// Makes lanes anew when those of a life that was dialled here have failed, until it has its best path again.
-    /// Goes on as long as the life does.
+    /// Makes lanes when those of a life that was dialled here have failed, or have not come about at its beginning,
+    /// until it has `best`. Goes on as long as the life does.
     async fn keep_best(self: Arc<Self>, life: Arc<Life>, mut exchange: Exchange, best: Path, way: Way) {
         let peer = life.peer;
         let mut pause = *self.config.repair.start();
@@ -743,11 +780,11 @@ impl Node {
             let within = self.config.connect_timeout * (REMAKING + 1);
             match timeout(within, self.remake_lanes(&life, &mut exchange, best, &way)).await {
                 Ok(Ok(Ok(path))) => {
-                    tracing::info!(%peer, %path, "path taken again");
+                    tracing::info!(%peer, %path, "better path taken");
                     taken = Some(Instant::now());
                 }
                 Ok(Ok(Err(why_not))) => {
-                    tracing::debug!(%peer, path = %best, why_not, again_in = ?pause, "path not back yet");
+                    tracing::debug!(%peer, path = %best, why_not, again_in = ?pause, "no better path yet");
                 }
                 outcome => {
                     for lane in life.stop_making() {
@@ -758,7 +795,7 @@ impl Node {
                             |_| format!("the peer did not answer within {within:?}"),
                             |outcome| outcome.map_or_else(|error| error.to_string(), |_| String::new()),
                         );
-                        tracing::warn!(%peer, path = %best, why, "path is not taken again in this session");
+                        tracing::warn!(%peer, path = %best, why, "path is not tried again in this session");
                     }
                     return;
                 }
@@ -783,10 +820,10 @@ impl Node {
         }
         let better = |path: &Path| *path >= best && life.path().is_some_and(|now| *path < now);
         let wanted: Vec<Path> = self.config.paths.iter().copied().filter(better).collect();
-        let (made, why_not) = self.make_lanes(life, &offers, &wanted, way, exchange).await?;
-        let choice = Choice { paths: made.into_iter().collect(), why: why_not };
+        let Made { path, why, .. } = self.make_lanes(life, &offers, &wanted, way, exchange).await?;
+        let choice = Choice { paths: path.into_iter().collect(), why };
         let begun = exchange.choose(&choice).await?;
-        let Some(path) = made.filter(|path| begun && self.take_better(life, *path, &choice.why)) else {
+        let Some(path) = path.filter(|path| begun && self.take_better(life, *path, &choice.why)) else {
             for lane in life.stop_making() {
                 lane.close("it is not wanted");
             }
@@ -853,7 +890,7 @@ impl Node {
         };
         let begun = path.is_some_and(|path| self.take_better(life, path, &why));
         match path.filter(|_| begun) {
-            Some(path) => tracing::info!(peer = %life.peer, %path, "path taken again"),
+            Some(path) => tracing::info!(peer = %life.peer, %path, "better path taken by the peer"),
             None => life.stop_making().iter().for_each(|lane| lane.close("it is not wanted")),
         }
         exchange.begun(begun).await
@@ -926,25 +963,30 @@ impl Node {
         secret: &[u8; 32],
         offer: Option<&[u8]>,
         exchange: &mut Exchange,
-    ) -> Result<Result<(), String>, HandshakeError> {
+    ) -> Result<Result<(), NoLane>, HandshakeError> {
         let Some(offer) = offer else {
-            return Ok(Err("the peer offers none".into()));
+            return Ok(Err(NoLane { why: "the peer offers none".into(), may_pass: false }));
         };
         let Some(rdma) = self.rdma.clone() else {
             exchange.answer_rdma(&[]).await?;
-            return Ok(Err("this node has no devices".into()));
+            return Ok(Err(NoLane { why: "this node has no devices".into(), may_pass: false }));
         };
+        let for_now = |why| NoLane { why, may_pass: true };
+        if offer.is_empty() {
+            exchange.answer_rdma(&[]).await?;
+            return Ok(Err(for_now("the peer has devices and cannot use them now".into())));
+        }
         let offer = offer.to_vec();
         let answered = blocking(move || Answered::new(&rdma, &offer)).await;
         match answered {
             Ok(answered) => {
                 exchange.answer_rdma(&answered.answer()).await?;
                 let (life, secret, within) = (Arc::clone(life), *secret, self.greeting());
-                Ok(blocking(move || answered.join(&life, &secret, within)).await)
+                Ok(blocking(move || answered.join(&life, &secret, within)).await.map_err(for_now))
             }
             Err(error) => {
                 exchange.answer_rdma(&[]).await?;
-                Ok(Err(error))
+                Ok(Err(for_now(error)))
             }
         }
     }
@@ -956,11 +998,11 @@ impl Node {
         _secret: &[u8; 32],
         offer: Option<&[u8]>,
         exchange: &mut Exchange,
-    ) -> Result<Result<(), String>, HandshakeError> {
+    ) -> Result<Result<(), NoLane>, HandshakeError> {
         if offer.is_some() {
             exchange.answer_rdma(&[]).await?;
         }
-        Ok(Err("not in this build (feature rdma)".into()))
+        Ok(Err(NoLane { why: "not in this build (feature rdma)".into(), may_pass: false }))
     }
 
     /// Offers lanes to the dialler of a life, and makes the one that it answers with queue pairs.
@@ -993,7 +1035,13 @@ impl Node {
                     }
                     return Ok(());
                 }
-                Err(error) => tracing::warn!(peer = %life.peer, error, "no RDMA lane"),
+                Err(error) => {
+                    tracing::warn!(peer = %life.peer, error, "no RDMA lane");
+                    // There may be one later.
+                    exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma: Some(Vec::new()) }).await?;
+                    exchange.rdma_answer().await?;
+                    return Ok(());
+                }
             }
         }
         exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma: None }).await
@@ -1076,8 +1124,8 @@ impl Node {
         let connection = worker.bound.connect(addr)?.await?;
         let hello = self.hello(life.number, part, self.config.connections);
         let mut exchange = Exchange::dial(&connection, &hello).await?;
-        if exchange.peer.node != life.peer {
-            return Err(DialError::OtherNode(exchange.peer.node));
+        if exchange.node != life.peer {
+            return Err(DialError::OtherNode(exchange.node));
         }
         if !exchange.confirm(0).await? {
             return Err(DialError::Refused);
@@ -1111,7 +1159,7 @@ impl Node {
             *port = worker.addr.port();
         }
         // Both are at most `MAX_PARTS`.
-        Hello { node: self.local, life, part: part as u16, parts: parts as u16, ports }
+        Hello { nonce: self.nonce, life, part: part as u16, parts: parts as u16, ports }
     }
 
     pub(super) async fn accept(self: Arc<Self>, bound: Bound) {
@@ -1144,9 +1192,14 @@ impl Node {
     async fn admit(self: &Arc<Self>, connecting: quinn::Connecting) -> Result<(), HandshakeError> {
         let connection = connecting.await?;
         let mut exchange = Exchange::answer(&connection, &self.hello(0, 0, 0)).await?;
-        let Hello { node: peer, life: number, part, parts, .. } = exchange.peer;
+        let peer = exchange.node;
+        let Hello { life: number, part, parts, .. } = exchange.peer;
         let last_ended = exchange.confirmation().await?;
         let secret = new_secret().ok_or(HandshakeError::Choice)?;
+        if part == 0 {
+            // Sessions that come and go are events too.
+            self.until_polled().await;
+        }
         let life = if part == 0 {
             self.admit_life(peer, number, usize::from(parts), last_ended, secret)
         } else {
@@ -1179,10 +1232,9 @@ impl Node {
             };
             tracing::info!(%peer, path = %best, why_not = choice.why, "path chosen by the peer");
             exchange.begun(true).await?;
-            if choice.paths.len() > 1 {
-                tokio::spawn(Arc::clone(self).answer_with_lanes(life, exchange));
-                return Ok(());
-            }
+            // The stream ends at once if the dialler never asks.
+            tokio::spawn(Arc::clone(self).answer_with_lanes(life, exchange));
+            return Ok(());
         }
         // Dropping the stream would be no harm, but what was said must be out first.
         let _ = exchange.send.finish();
@@ -1364,4 +1416,34 @@ fn packets(lives: &[Arc<Life>]) -> (u64, u64) {
 fn packets_of(links: &[Arc<Link>]) -> (u64, u64) {
     let paths = links.iter().map(|link| link.connection.stats().path);
     paths.fold((0, 0), |(sent, lost), path| (sent + path.sent_packets, lost + path.lost_packets))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::hostile::{ANY, HOSTILE, Log, VICTIM};
+    use crate::{Event, NetConfig, NetTransport, Path, Transport as _};
+    use std::time::{Duration, Instant};
+
+    /// What may pass is tried again: see `tests/faults`.
+    #[test]
+    fn what_is_not_to_be_had_is_not_tried_again() {
+        let log = Log::begin();
+        let pause = Duration::from_millis(1);
+        let node = |identity, paths: &[Path]| {
+            let config = NetConfig { paths: paths.to_vec(), repair: pause..=pause, ..NetConfig::default() };
+            NetTransport::bind(ANY, identity, config).unwrap()
+        };
+        let mut dialler = node(&VICTIM, &[Path::Tls, Path::Quic]);
+        let peer = node(&HOSTILE, &[Path::Quic]);
+        dialler.connect(HOSTILE.node(), peer.local_addr());
+        let (begun, mut events) = (Instant::now(), Vec::new());
+        while events.is_empty() && begun.elapsed() < Duration::from_secs(10) {
+            dialler.poll(&mut events);
+            std::thread::sleep(pause);
+        }
+        assert_eq!(events, [Event::Connected { peer: HOSTILE.node() }]);
+        std::thread::sleep(Duration::from_millis(200));
+        log.expect(&["path chosen", "tls: the peer offers none"]);
+        assert!(!log.has(&["no better path yet"]));
+    }
 }

@@ -21,6 +21,8 @@ pub(super) struct Grants {
     spare: Vec<Vec<MemoryWindow>>,
     /// Bindings that are under way on each queue pair, as all get the same.
     binding: u32,
+    /// When the oldest of them was posted, or one before it ended.
+    binding_since: Option<Instant>,
     /// By their number: queue pairs that have not invalidated.
     invalidating: BTreeMap<u32, usize>,
     /// Keys that the peer is to be told to forget. At most as many as windows were open.
@@ -137,6 +139,7 @@ impl Lane {
                 pair.queue.post(Kind::Bind.id(number), &[work])?;
             }
             grants.binding += 1;
+            grants.binding_since.get_or_insert_with(Instant::now);
             grant.windows = windows;
             grant.phase = Phase::Binding { number, left: data.len() };
         } else {
@@ -167,8 +170,15 @@ impl Lane {
                 }
             }
         }
-        grants.binding -= u32::from(done);
+        if done {
+            grants.has_bound();
+        }
         answers
+    }
+
+    /// Since when there are bindings of which none has ended.
+    pub(super) fn binding_since(&self) -> Option<Instant> {
+        lock(&self.grants).binding_since
     }
 
     /// A write is announced; it may only be where its window is open to the peer.
@@ -221,7 +231,9 @@ impl Lane {
             return false;
         };
         // Bindings are done before what was posted behind them.
-        grants.binding -= u32::from(matches!(grant.phase, Phase::Binding { .. }));
+        if matches!(grant.phase, Phase::Binding { .. }) {
+            grants.has_bound();
+        }
         grants.give_back(grant.windows.into_iter().map(|window| vec![window]).collect());
         true
     }
@@ -298,6 +310,12 @@ fn too_many(lane: &Lane) -> VerbsError {
 }
 
 impl Grants {
+    /// A binding is done on every queue pair.
+    fn has_bound(&mut self) {
+        self.binding -= 1;
+        self.binding_since = (self.binding > 0).then(Instant::now);
+    }
+
     fn number(&mut self) -> u32 {
         self.next_number = self.next_number.wrapping_add(1);
         self.next_number

@@ -125,7 +125,7 @@ impl Worker {
         if self.look()? {
             return Ok(());
         }
-        let working = self.since.is_some() || self.outgoing.unanswered() > 0;
+        let working = self.posted_since().is_some() || self.outgoing.unanswered() > 0;
         let before = Instant::now();
         self.lane.sleep(if working { LOOK } else { IDLE });
         // A short sleep is one that looking would have spared.
@@ -173,11 +173,16 @@ impl Worker {
                 busy = true;
             }
         }
-        let stalled = self.since.into_iter().chain(self.outgoing.stalled_since()).min();
-        if let Some(since) = stalled.filter(|since| now.saturating_duration_since(*since) > STALL) {
+        if let Some(since) = self.posted_since().filter(|since| now.saturating_duration_since(*since) > STALL)
+        {
             return Err(format!("posted work has not ended for {:?}", now.saturating_duration_since(since)));
         }
         Ok(busy)
+    }
+
+    /// Since when there is work of some kind of which none has ended.
+    fn posted_since(&self) -> Option<Instant> {
+        [self.since, self.outgoing.stalled_since(), self.lane.binding_since()].into_iter().flatten().min()
     }
 
     fn ended(&mut self, completion: Completion) -> Result<(), Fault> {

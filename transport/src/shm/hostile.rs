@@ -3,7 +3,7 @@
 use super::handover::{Message, Offer, Received, Socket};
 use super::ring::{self, Ends, SHARED_BYTES};
 use super::{Announced, MAX_REGIONS};
-use crate::hostile::{ANY, HOSTILE, Hostile, Log, Session, VICTIM, Victim, not_granted};
+use crate::hostile::{ANY, FRIEND, HOSTILE, Hostile, Log, Session, VICTIM, Victim, not_granted};
 use crate::net::header::Header;
 use crate::net::lane::Path;
 use crate::{Event, NetConfig, NetTransport, Transport, Window};
@@ -17,7 +17,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
-use tandem_proto::ids::NodeId;
 
 fn shm_alone() -> NetConfig {
     NetConfig { paths: vec![Path::Shm], ..NetConfig::default() }
@@ -35,9 +34,9 @@ struct Joined {
 }
 
 fn join(victim: &mut Victim) -> Joined {
-    let own = victim.open(HOSTILE, 1000..101_000);
-    let others = victim.open(NodeId(3), 200_000..300_000);
-    let hostile = Hostile::new(&victim.identity);
+    let own = victim.open(HOSTILE.node(), 1000..101_000);
+    let others = victim.open(FRIEND.node(), 200_000..300_000);
+    let hostile = Hostile::new(&HOSTILE);
     let mut session = hostile.meet(victim.addr());
     let socket = Socket::connect(&offer(&session)).unwrap();
     let memory = HostRegion::map(SHARED_BYTES).unwrap();
@@ -53,7 +52,7 @@ fn offer(session: &Session) -> Offer {
 }
 
 fn hello(session: &Session) -> Message {
-    Message::Join { node: HOSTILE, life: session.life, secret: session.offers.secret, gpu: None }
+    Message::Join { node: HOSTILE.node(), life: session.life, secret: session.offers.secret, gpu: None }
 }
 
 /// Memory that is not what it has to be.
@@ -84,7 +83,7 @@ fn send_raw(socket: &Socket, bytes: &[u8], files: &[BorrowedFd<'_>]) {
 #[test]
 fn memory_that_is_not_as_it_must_be_is_refused() {
     let (log, mut victim) = (Log::begin(), Victim::new(shm_alone()));
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     let session = hostile.meet(victim.addr());
     let right = file(SHARED_BYTES as i64, true);
     let check = |bytes: &[u8], files: &[&File], words: &str| {
@@ -98,7 +97,7 @@ fn memory_that_is_not_as_it_must_be_is_refused() {
     let Message::Join { node, life, secret, gpu } = hello(&session) else { unreachable!() };
     let other = |message: Message| message.encode();
     check(&other(Message::Join { node, life, secret: [7; 32], gpu }), &[&right], "session was over");
-    check(&other(Message::Join { node: NodeId(3), life, secret, gpu }), &[&right], "session was over");
+    check(&other(Message::Join { node: FRIEND.node(), life, secret, gpu }), &[&right], "session was over");
     check(&other(Message::Join { node, life: life + 1, secret, gpu }), &[&right], "session was over");
     check(&other(Message::Join { node, life, secret, gpu: Some([1; 16]) }), &[&right], "GPU");
     check(&join, &[], "first message is another");
@@ -121,19 +120,19 @@ fn memory_that_is_not_as_it_must_be_is_refused() {
 #[test]
 fn the_silent_hold_up_nobody() {
     let (log, mut victim) = (Log::begin(), Victim::new(shm_alone()));
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     let session = hostile.meet(victim.addr());
     let silent: Vec<_> = (0..40).map(|_| Socket::connect(&offer(&session)).unwrap()).collect();
-    let mut other = NetTransport::bind(ANY, &victim.identity, NodeId(9), shm_alone()).unwrap();
+    let mut other = NetTransport::bind(ANY, &HOSTILE.another().unwrap(), shm_alone()).unwrap();
     let begun = Instant::now();
-    other.connect(VICTIM, victim.addr());
+    other.connect(VICTIM.node(), victim.addr());
     let mut events = Vec::new();
     while events.is_empty() {
         other.poll(&mut events);
         assert!(begun.elapsed() < Duration::from_secs(10));
         thread::sleep(Duration::from_millis(1));
     }
-    assert_eq!(events, [Event::Connected { peer: VICTIM }]);
+    assert_eq!(events, [Event::Connected { peer: VICTIM.node() }]);
     log.expect(&["shared memory lane refused"]);
     drop(silent);
     victim.check_unharmed();
@@ -240,7 +239,7 @@ fn announcements_of_what_was_not_granted_are_refused_one_by_one() {
         };
         assert_eq!(answer, header.sequence << 1, "refused");
     }
-    log.expect(&["write refused", "peer=0000000000000002"]);
+    log.expect(&["write refused", &format!("peer={}", HOSTILE.node())]);
     victim.check_unharmed();
     assert!(joined.session.connection.close_reason().is_none(), "a refused write ends nothing");
     drop(joined.hostile);
@@ -268,7 +267,7 @@ fn announcements_without_end_keep_no_lane_alive() {
         joined.socket.send(&Message::Wake, None, true).unwrap();
         thread::sleep(Duration::from_millis(50));
         victim.check_unharmed();
-        victim.transport.sever(HOSTILE);
+        victim.transport.sever(HOSTILE.node());
         victim.until_severed();
         let in_time = victim.stops_within(Duration::from_secs(5), || {
             done.store(true, Ordering::Relaxed);

@@ -100,6 +100,13 @@ impl From<tandem_memory::cuda::CudaError> for Error {
     }
 }
 
+impl Error {
+    /// Whether there may be a lane later in the same session.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self, Error::NoWelcome | Error::Gone | Error::Memory(_) | Error::System(_))
+    }
+}
+
 impl From<Garbled> for Error {
     fn from(_: Garbled) -> Error {
         Error::Rule("its queue's position cannot be")

@@ -5,7 +5,7 @@ use super::handshake::{Deadline, Tls};
 use super::join::{Joined, say};
 use super::outgoing::Outgoing;
 use super::record::MAX_CONTENT;
-use crate::hostile::{HOSTILE, Hostile, Log, Session, Victim, not_granted};
+use crate::hostile::{FRIEND, HOSTILE, Hostile, Log, Session, Victim, not_granted};
 use crate::net::header::{Ack, Header};
 use crate::net::lane::Path;
 use crate::{NetConfig, Transport, Window};
@@ -15,7 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
-use tandem_proto::ids::NodeId;
 
 const WITHIN: Duration = Duration::from_secs(5);
 
@@ -35,18 +34,18 @@ struct Lane {
 fn connect(victim: &Victim, session: &Session) -> Joined {
     let port = session.offers.tls.unwrap().port;
     let addr = SocketAddr::new(victim.addr().ip(), port);
-    let tls = Tls::new(&victim.identity).unwrap();
+    let tls = Tls::new(&HOSTILE).unwrap();
     Joined::new(tls.dial(addr, Deadline::after(WITHIN)).unwrap())
 }
 
 fn join(victim: &mut Victim) -> Lane {
-    let own = victim.open(HOSTILE, 1000..101_000);
-    let others = victim.open(NodeId(3), 200_000..300_000);
-    let hostile = Hostile::new(&victim.identity);
+    let own = victim.open(HOSTILE.node(), 1000..101_000);
+    let others = victim.open(FRIEND.node(), 200_000..300_000);
+    let hostile = Hostile::new(&HOSTILE);
     let mut session = hostile.meet(victim.addr());
     let mut joined = connect(victim, &session);
     let deadline = Deadline::after(WITHIN);
-    let hello = Hello { node: HOSTILE, life: session.life, secret: session.offers.secret };
+    let hello = Hello { node: HOSTILE.node(), life: session.life, secret: session.offers.secret };
     say(&joined.socket, &mut joined.outgoing, &Frame::Hello(hello), deadline).unwrap();
     joined.hear(deadline, |frame| matches!(frame, Frame::Welcome).then_some(())).unwrap();
     hostile.begin(victim, &mut session, Path::Tls);
@@ -100,7 +99,7 @@ fn writes_to_what_was_not_granted_are_refused_one_by_one() {
         }
         assert_eq!(lane.fate(), Ack { sequence: header.sequence, landed: false });
     }
-    log.expect(&["write refused", "peer=0000000000000002"]);
+    log.expect(&["write refused", &format!("peer={}", HOSTILE.node())]);
     victim.check_unharmed();
     assert!(lane.session.connection.close_reason().is_none(), "a refused write ends nothing");
     victim.stop();
@@ -159,13 +158,13 @@ fn records_that_break_a_rule_end_their_lane_alone() {
 #[test]
 fn who_does_not_know_the_secret_makes_no_lane() {
     let (log, mut victim) = (Log::begin(), Victim::new(tls_alone()));
-    let hostile = Hostile::new(&victim.identity);
+    let hostile = Hostile::new(&HOSTILE);
     let session = hostile.meet(victim.addr());
-    let hello = Hello { node: HOSTILE, life: session.life, secret: session.offers.secret };
+    let hello = Hello { node: HOSTILE.node(), life: session.life, secret: session.offers.secret };
     for hello in [
         Hello { secret: [7; 32], ..hello.clone() },
         Hello { life: 1, ..hello.clone() },
-        Hello { node: NodeId(3), ..hello },
+        Hello { node: FRIEND.node(), ..hello },
     ] {
         let log = Log::begin();
         let mut joined = connect(&victim, &session);
@@ -210,7 +209,7 @@ fn records_without_end_keep_no_lane_alive() {
         };
         thread::sleep(Duration::from_millis(100));
         victim.check_unharmed();
-        victim.transport.sever(HOSTILE);
+        victim.transport.sever(HOSTILE.node());
         victim.until_severed();
         let in_time = victim.stops_within(WITHIN, || {
             done.store(true, Ordering::Relaxed);

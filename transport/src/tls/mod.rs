@@ -69,6 +69,17 @@ pub(crate) enum TlsError {
     Gone,
 }
 
+impl TlsError {
+    /// Whether there may be a lane later in the same session.
+    pub(crate) fn may_pass(&self) -> bool {
+        use TlsError as E;
+        matches!(
+            self,
+            E::Connect { .. } | E::Socket(_) | E::Closed | E::TooLong { .. } | E::Stalled(_) | E::Gone
+        )
+    }
+}
+
 fn tls_text(error: &rustls::Error) -> String {
     use rustls::CertificateError as C;
     let way_out = match error {

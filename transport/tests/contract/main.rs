@@ -1,6 +1,8 @@
 //! The contract of `Transport`, run against every backend. A new backend is one file, which builds a
 //! [`suite::Cluster`], and one line here.
 
+#[path = "../members/mod.rs"]
+mod members;
 mod net;
 mod sim;
 mod suite;

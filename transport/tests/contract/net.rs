@@ -1,16 +1,18 @@
 //! Clusters of real sockets on loopback.
 
+use crate::members;
 use crate::suite::{Cluster, Setup};
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+#[cfg(feature = "cuda")]
+use std::sync::OnceLock;
 use std::time::Duration;
 use tandem_memory::HostRegion;
 #[cfg(feature = "cuda")]
 use tandem_memory::cuda::Device;
 use tandem_proto::ids::NodeId;
-use tandem_transport::{Identity, NetConfig, NetTransport, Path, Transport, Tuning};
+use tandem_transport::{NetConfig, NetTransport, Path, Transport, Tuning};
 
 pub(crate) type Quic = Loopback<QuicAlone>;
 pub(crate) type QuicThreaded = Loopback<ThreeThreads>;
@@ -85,13 +87,24 @@ impl<S: Shape> Shape for Twins<S> {
     }
 
     fn missing() -> Option<String> {
-        Device::open(0).err().map(|error| error.to_string())
+        gpus().as_ref().err().cloned()
     }
 
     fn memory(node: usize, len: usize) -> Arc<HostRegion> {
-        let gpu = Device::open(node % Device::count().unwrap()).unwrap();
-        HostRegion::with_twin(&gpu, len).unwrap()
+        let gpus = gpus().as_ref().unwrap();
+        HostRegion::with_twin(&gpus[node % gpus.len()], len).unwrap()
     }
+}
+
+/// Opened once, as by a node, and kept: else the driver makes and ends contexts, slowly, while tests beside it time
+/// what they do.
+#[cfg(feature = "cuda")]
+fn gpus() -> &'static Result<Vec<Arc<Device>>, String> {
+    static GPUS: OnceLock<Result<Vec<Arc<Device>>, String>> = OnceLock::new();
+    GPUS.get_or_init(|| {
+        let opened = Device::count().and_then(|count| (0..count).map(Device::open).collect());
+        opened.map_err(|error| error.to_string())
+    })
 }
 
 pub(crate) struct QuicAlone;
@@ -180,24 +193,16 @@ impl<S: Shape> Cluster for Loopback<S> {
     }
 
     fn start(setup: Setup) -> Self {
-        static CLUSTERS: AtomicU64 = AtomicU64::new(0);
-        let cluster = CLUSTERS.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("tandem-contract-{}-{cluster}", std::process::id()));
-        let identity = Identity::load_or_create(&dir).expect("an identity can be made");
-        std::fs::remove_dir_all(&dir).expect("the directory is there");
-        let nodes: Vec<_> = (0..setup.nodes as u64)
+        let nodes: Vec<_> = (0..setup.nodes)
             .map(|node| {
                 let config = NetConfig {
                     write_limit: setup.write_limit,
                     connect_timeout: Duration::from_millis(1500),
                     ..S::config()
                 };
-                let config = S::of_node(node as usize, config);
+                let config = S::of_node(node, config);
                 let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-                Some(
-                    NetTransport::bind(addr, &identity, NodeId(node + 1), config)
-                        .expect("a socket can be bound"),
-                )
+                Some(NetTransport::bind(addr, members::member(node), config).expect("a socket can be bound"))
             })
             .collect();
         let addresses = nodes.iter().flatten().map(NetTransport::local_addr).collect();
@@ -205,7 +210,7 @@ impl<S: Shape> Cluster for Loopback<S> {
     }
 
     fn id(&self, node: usize) -> NodeId {
-        NodeId(node as u64 + 1)
+        members::id(node)
     }
 
     fn address(&self, node: usize) -> SocketAddr {

@@ -6,8 +6,12 @@
 
 mod end;
 mod fault;
+#[path = "../members/mod.rs"]
+mod members;
 mod net;
 mod network;
+#[path = "../members/node.rs"]
+mod node;
 mod process;
 mod relay;
 mod sim;

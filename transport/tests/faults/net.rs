@@ -63,7 +63,6 @@ pub(crate) struct Real<P> {
     ends: [Process; 2],
     relays: [Relay; 2],
     dark: bool,
-    next_id: u64,
     began: Instant,
     paths: PhantomData<P>,
 }
@@ -81,9 +80,9 @@ impl<P: Paths> Stage for Real<P> {
     fn start(seed: u64) -> Real<P> {
         let dir = std::env::temp_dir().join(format!("tandem-faults-{}-{seed:x}", std::process::id()));
         Identity::load_or_create(&dir).unwrap();
-        let ends = [1, 2].map(|id| Process::start(id, P::PATHS, &dir));
+        let ends = [0, 1].map(|end| Process::start(end, P::PATHS, &dir));
         let relays = [0, 1].map(|end| Relay::start(ends[end].address));
-        Real { dir, ends, relays, dark: false, next_id: 3, began: Instant::now(), paths: PhantomData }
+        Real { dir, ends, relays, dark: false, began: Instant::now(), paths: PhantomData }
     }
 
     fn end(&mut self, end: usize) -> &mut dyn End {
@@ -99,9 +98,8 @@ impl<P: Paths> Stage for Real<P> {
     }
 
     fn revive(&mut self, end: usize) {
-        self.ends[end] = Process::start(self.next_id, P::PATHS, &self.dir);
+        self.ends[end] = Process::start(end, P::PATHS, &self.dir);
         self.relays[end] = Relay::start(self.ends[end].address);
-        self.next_id += 1;
         self.set_dark(self.dark);
     }
 

@@ -20,7 +20,7 @@ use tandem_transport::{
     Event, FailReason, Held, Identity, NetConfig, NetTransport, Path, SeverReason, SubmitError, Window,
 };
 
-/// Tells the process what to be: its id, the directory of the cluster's CA, and its paths.
+/// Tells the process what to be: which end, the directory of the cluster's CA, and its paths.
 const ROLE: &str = "TANDEM_FAULTS_END";
 /// Marks what it answers among what the test harness prints.
 const ANSWER: &str = "> ";
@@ -43,20 +43,20 @@ enum Memory {
 }
 
 impl Process {
-    pub(crate) fn start(id: u64, paths: &[Path], dir: &std::path::Path) -> Process {
+    pub(crate) fn start(end: usize, paths: &[Path], dir: &std::path::Path) -> Process {
         let paths: Vec<_> = paths.iter().map(|path| path.name()).collect();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "process::an_end", "--ignored", "--nocapture"])
-            .env(ROLE, format!("{id} {} {}", dir.display(), paths.join(",")))
+            .env(ROLE, format!("{end} {} {}", dir.display(), paths.join(",")))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let (to, from) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        let mut process =
-            Process { id: NodeId(id), address: LOOPBACK, child, to, from, memory: Memory::None };
+        let mut process = Process { id: NodeId(0), address: LOOPBACK, child, to, from, memory: Memory::None };
         let up = process.answer();
-        let (address, memory) = up.split_once(' ').unwrap();
+        let [id, address, memory] = up.splitn(3, ' ').collect::<Vec<_>>()[..] else { panic!("{up}") };
+        process.id = NodeId(id.parse().unwrap());
         process.address = address.parse().unwrap();
         process.memory = match memory.parse::<u32>() {
             Ok(file) => {
@@ -236,8 +236,7 @@ fn process_holdings() -> [usize; 3] {
 #[ignore = "the other tests run it, as a process that can be killed"]
 fn an_end() {
     let Ok(role) = std::env::var(ROLE) else { return };
-    let [id, dir, paths] = role.split(' ').collect::<Vec<_>>()[..] else { panic!("{role}") };
-    let id = NodeId(id.parse().unwrap());
+    let [end, dir, paths] = role.split(' ').collect::<Vec<_>>()[..] else { panic!("{role}") };
     let identity = Identity::load_or_create(dir.as_ref()).unwrap();
     let config = NetConfig {
         paths: paths.split(',').map(|path| path.parse().unwrap()).collect(),
@@ -245,17 +244,18 @@ fn an_end() {
         event_limit: EVENT_LIMIT,
         ..NetConfig::default()
     };
-    let transport = NetTransport::bind(LOOPBACK, &identity, id, config).unwrap();
+    let transport = NetTransport::bind(LOOPBACK, &identity, config).unwrap();
     let address = transport.local_addr();
     let holdings =
         |transport: &NetTransport| Holdings { transport: transport.held(), process: process_holdings() };
-    let mut end = Local::new(id, transport, memory(id, paths), holdings);
+    let memory = memory(end.parse().unwrap(), paths);
+    let mut end = Local::new(identity.node(), transport, memory, holdings);
     let answer = |text: &str| {
         let mut out = std::io::stdout().lock();
         out.write_all(format!("\n{ANSWER}{text}\n").as_bytes()).unwrap();
         out.flush().unwrap();
     };
-    answer(&format!("{address} {}", name(&end.memory)));
+    answer(&format!("{} {address} {}", identity.node().0, name(&end.memory)));
     for line in std::io::stdin().lines() {
         answer(&obey(&mut end, &line.unwrap()));
     }
@@ -263,10 +263,10 @@ fn an_end() {
 
 /// On a GPU, those that there are by turns, if nothing else is to be tried.
 #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "all of it is the host's"))]
-fn memory(id: NodeId, paths: &str) -> Arc<HostRegion> {
+fn memory(end: usize, paths: &str) -> Arc<HostRegion> {
     #[cfg(feature = "cuda")]
     if paths == Path::CudaIpc.name() {
-        let gpu = Device::open(id.0 as usize % Device::count().unwrap()).unwrap();
+        let gpu = Device::open(end % Device::count().unwrap()).unwrap();
         return HostRegion::with_twin(&gpu, REGION).unwrap();
     }
     HostRegion::map(REGION).unwrap()

@@ -73,6 +73,15 @@ impl Relay {
     }
 }
 
+impl Relay {
+    /// From now on TCP passes, which it had refused.
+    pub(crate) fn let_through(&self, target: SocketAddr) {
+        let listener = TcpListener::bind(self.addr).unwrap();
+        let (weather, stop) = (Arc::clone(&self.weather), Arc::clone(&self.stop));
+        thread::spawn(move || streams(&listener, target, Tcp::Passes, &weather, &stop));
+    }
+}
+
 impl Drop for Relay {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);

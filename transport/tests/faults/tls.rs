@@ -1,52 +1,32 @@
 //! TLS between two nodes whose network does not mean well: every TCP byte between them goes through a relay.
 
 use crate::fault::Random;
+use crate::members::id;
+use crate::node::Node;
 use crate::relay::{LOOPBACK, Relay, Tcp};
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
-use tandem_proto::ids::NodeId;
-use tandem_transport::{
-    Event, Identity, NetConfig, NetTransport, Path, RegionId, SeverReason, Transport, Window, Write,
-};
+use tandem_transport::{Event, NetConfig, Path, SeverReason, Transport, Window, Write};
 
 const REGION: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
-
-struct Node {
-    transport: NetTransport,
-    region: (RegionId, Arc<HostRegion>),
-    events: Vec<Event>,
-}
-
-fn identity() -> Identity {
-    static DIRS: AtomicU64 = AtomicU64::new(0);
-    let number = DIRS.fetch_add(1, Ordering::Relaxed);
-    let dir = std::env::temp_dir().join(format!("tandem-tls-net-{}-{number}", std::process::id()));
-    let identity = Identity::load_or_create(&dir).unwrap();
-    std::fs::remove_dir_all(&dir).unwrap();
-    identity
-}
 
 fn nodes(paths: &[Path]) -> [Node; 2] {
     nodes_that_repair(paths, Duration::from_secs(3600))
 }
 
 fn nodes_that_repair(paths: &[Path], pause: Duration) -> [Node; 2] {
-    let identity = identity();
-    [1, 2].map(|id| {
+    [1, 2].map(|number| {
         let (paths, repair) = (paths.to_vec(), pause..=pause);
         let config =
             NetConfig { paths, tls_connections: 2, tls_turns: Some(2), repair, ..NetConfig::default() };
-        let mut transport = NetTransport::bind(LOOPBACK, &identity, NodeId(id), config).unwrap();
-        let region = HostRegion::map(REGION).unwrap();
-        let registered = transport.register(Arc::clone(&region)).unwrap();
-        Node { transport, region: (registered, region), events: Vec::new() }
+        Node::start(number, LOOPBACK, REGION, config)
     })
 }
 
@@ -55,9 +35,7 @@ fn nodes_that_repair(paths: &[Path], pause: Duration) -> [Node; 2] {
 fn until(nodes: &mut [Node; 2], mut done: impl FnMut(&mut [Node; 2]) -> bool) {
     let since = Instant::now();
     loop {
-        for node in nodes.iter_mut() {
-            node.transport.poll(&mut node.events);
-        }
+        nodes.iter_mut().for_each(Node::poll);
         if done(nodes) {
             return;
         }
@@ -68,7 +46,7 @@ fn until(nodes: &mut [Node; 2], mut done: impl FnMut(&mut [Node; 2]) -> bool) {
 }
 
 fn connect(nodes: &mut [Node; 2], addr: SocketAddr) {
-    nodes[0].transport.connect(NodeId(2), addr);
+    nodes[0].transport.connect(id(2), addr);
     until(nodes, |nodes| {
         nodes.iter().all(|node| node.events.iter().any(|event| matches!(event, Event::Connected { .. })))
     });
@@ -115,24 +93,24 @@ fn copy_of(region: &Arc<HostRegion>) -> Vec<u8> {
 /// region; some windows are closed before, some while they are written. Every byte of every write that was
 /// reported is right, and no other byte changed.
 fn transfer(nodes: &mut [Node; 2], writes: usize, random: &mut Random) {
-    fill(&nodes[0].region.1, random.next());
-    fill(&nodes[1].region.1, random.next());
-    let (from, before) = (copy_of(&nodes[0].region.1), copy_of(&nodes[1].region.1));
+    fill(&nodes[0].memory, random.next());
+    fill(&nodes[1].memory, random.next());
+    let (from, before) = (copy_of(&nodes[0].memory), copy_of(&nodes[1].memory));
     let mut plans: Vec<(Window, usize, usize, bool)> = Vec::new();
     let mut at = random.below(5);
     for ticket in 0..writes {
         let len = any_length(random).min(REGION - at.min(REGION));
-        let (region, source) = (nodes[1].region.0, random.below(REGION - len));
-        let window = nodes[1].transport.open_window(NodeId(1), region, at..at + len).unwrap();
+        let (region, source) = (nodes[1].region, random.below(REGION - len));
+        let window = nodes[1].transport.open_window(id(1), region, at..at + len).unwrap();
         at = (at + len + random.below(2)).min(REGION);
         let closing = random.below(8) == 0;
         if closing && random.below(2) == 0 {
             nodes[1].transport.close_window(window);
         }
-        let extent = nodes[0].region.1.extent(source..source + len).unwrap();
+        let extent = nodes[0].memory.extent(source..source + len).unwrap();
         let write =
             Write { ticket: ticket as u64, source: extent, window, offset: 0, immediate: ticket as u32 };
-        nodes[0].transport.submit(NodeId(2), write).unwrap();
+        nodes[0].transport.submit(id(2), write).unwrap();
         plans.push((window, source, len, closing));
     }
     for (window, _, _, closing) in &plans {
@@ -158,7 +136,7 @@ fn transfer(nodes: &mut [Node; 2], writes: usize, random: &mut Random) {
         }
         fates.len() == writes
     });
-    let after = copy_of(&nodes[1].region.1);
+    let after = copy_of(&nodes[1].memory);
     let mut expected = before;
     for (ticket, (window, source, len, closing)) in plans.iter().enumerate() {
         let place = window.offset as usize..window.offset as usize + len;
@@ -209,12 +187,12 @@ fn what_tcp_loses_goes_by_quic() {
         let at = 3000 + random.next() % (4 << 20);
         let tcp = [Tcp::Garbles(at), Tcp::Cuts(at), Tcp::Repeats(at)][round % 3];
         let (mut nodes, _relay) = through(tcp, || nodes(&[Path::Tls, Path::Quic]));
-        assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Tls));
+        assert_eq!(nodes[0].transport.path(id(2)), Some(Path::Tls));
         for _ in 0..3 {
             transfer(&mut nodes, 30, &mut random);
         }
         until(&mut nodes, |nodes| nodes.iter().all(|node| metrics(node, Path::Tls).failed == 2));
-        assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Quic));
+        assert_eq!(nodes[0].transport.path(id(2)), Some(Path::Quic));
     }
 }
 
@@ -227,7 +205,7 @@ fn tls_that_was_cut_is_taken_again() {
     });
     transfer(&mut nodes, 30, &mut random);
     until(&mut nodes, |nodes| nodes.iter().all(|node| metrics(node, Path::Tls).failed == 2));
-    let taken = |node: &Node, peer| node.transport.path(NodeId(peer)) == Some(Path::Tls);
+    let taken = |node: &Node, peer| node.transport.path(id(peer)) == Some(Path::Tls);
     until(&mut nodes, |nodes| taken(&nodes[0], 2) && taken(&nodes[1], 1));
     let by =
         |nodes: &[Node; 2], path| nodes.iter().map(|node| metrics(node, path).writes_landed).sum::<u64>();
@@ -238,17 +216,40 @@ fn tls_that_was_cut_is_taken_again() {
     assert!(nodes.iter().all(|node| metrics(node, Path::Tls).opened == 4));
 }
 
+/// The network refuses TCP when the session begins, and lets it through later.
+#[test]
+fn tls_that_was_refused_at_first_is_taken_later() {
+    let mut random = Random(seed());
+    let mut nodes = nodes_that_repair(&[Path::Tls, Path::Quic], Duration::from_millis(20));
+    let target = nodes[1].transport.local_addr();
+    let relay = Relay::with(target, Tcp::Refuses);
+    connect(&mut nodes, relay.addr);
+    transfer(&mut nodes, 30, &mut random);
+    // Asked again and again meanwhile, and nothing came of it.
+    thread::sleep(Duration::from_millis(200));
+    transfer(&mut nodes, 30, &mut random);
+    assert_eq!(nodes[0].transport.path(id(2)), Some(Path::Quic));
+    relay.let_through(target);
+    until(&mut nodes, |nodes| {
+        [(0, 2), (1, 1)].iter().all(|(node, peer)| nodes[*node].transport.path(id(*peer)) == Some(Path::Tls))
+    });
+    let before = metrics(&nodes[1], Path::Tls).writes_landed;
+    transfer(&mut nodes, 30, &mut random);
+    assert!(metrics(&nodes[1], Path::Tls).writes_landed > before);
+    assert_eq!(metrics(&nodes[0], Path::Tls).failed, 0);
+}
+
 #[test]
 fn where_tcp_is_not_let_through_quic_is_taken() {
     let mut nodes = nodes(&[Path::Tls, Path::Quic]);
     let relay = Relay::with(nodes[1].transport.local_addr(), Tcp::Refuses);
     connect(&mut nodes, relay.addr);
-    assert_eq!(nodes[0].transport.path(NodeId(2)), Some(Path::Quic));
+    assert_eq!(nodes[0].transport.path(id(2)), Some(Path::Quic));
     transfer(&mut nodes, 30, &mut Random(1));
 
     let mut nodes = self::nodes(&[Path::Tls]);
     let relay = Relay::with(nodes[1].transport.local_addr(), Tcp::Refuses);
-    nodes[0].transport.connect(NodeId(2), relay.addr);
+    nodes[0].transport.connect(id(2), relay.addr);
     until(&mut nodes, |nodes| !nodes[0].events.is_empty());
     match &nodes[0].events[..] {
         [Event::Severed { reason: SeverReason::Unreachable(reason), .. }] => {
@@ -294,7 +295,7 @@ fn strangers_are_shown_out() {
     drop(silent);
     // Two connections each way are the lane's.
     until(&mut nodes, |_| connections(addr.port()) == 2);
-    nodes[0].transport.sever(NodeId(2));
+    nodes[0].transport.sever(id(2));
     until(&mut nodes, |_| connections(addr.port()) == 0);
 }
 

@@ -29,8 +29,13 @@ pub(crate) trait End {
         "nothing".into()
     }
 
-    /// Gives it the peers that it sends to, by what they said in [`End::hello`].
-    fn connect(&mut self, _hellos: &[&str]) -> anyhow::Result<()> {
+    /// Lets a peer write, which said this in [`End::hello`]. What it needs for that, on one line.
+    fn open(&mut self, _hello: &str) -> anyhow::Result<String> {
+        bail!("nobody needs to be let write here")
+    }
+
+    /// Gives it the peers that it sends to, by what they said in [`End::hello`], and in [`End::open`] if they were asked.
+    fn connect(&mut self, _peers: &[&str]) -> anyhow::Result<()> {
         Ok(())
     }
 
@@ -103,8 +108,8 @@ impl Landings {
     }
 }
 
-/// Runs the process until its standard input ends. `index` is 0 for the first sender, its peers have the numbers
-/// after it.
+/// Runs the process until its standard input ends. `index` is 0 for the sender.
+#[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "it chooses the GPU"))]
 pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyhow::Result<()> {
     let memory = match way.kind {
         #[cfg(feature = "cuda")]
@@ -114,12 +119,13 @@ pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyho
         _ => Memory { source: HostRegion::map(region)?, landing: HostRegion::map(region)? },
     };
     let landings = Arc::new(Landings::default());
-    let mut end = begin(way, index, &memory, &landings, dir)?;
+    let mut end = begin(way, &memory, &landings, dir)?;
     println!("{}", end.hello());
     for line in std::io::stdin().lines() {
         let line = line?;
         let (question, rest) = line.split_once(' ').unwrap_or((&line, ""));
         let answer = match question {
+            "open" => end.open(rest),
             "connect" => end.connect(&rest.split('\t').collect::<Vec<_>>()).map(|()| "connected".into()),
             "fill" => {
                 Slots::fill(rest.parse()?, &memory)?;
@@ -154,13 +160,7 @@ pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyho
     Ok(())
 }
 
-fn begin(
-    way: &Way,
-    index: usize,
-    memory: &Memory,
-    landings: &Arc<Landings>,
-    dir: &Path,
-) -> anyhow::Result<Box<dyn End>> {
+fn begin(way: &Way, memory: &Memory, landings: &Arc<Landings>, dir: &Path) -> anyhow::Result<Box<dyn End>> {
     let (memory, landings) = (memory.clone(), Arc::clone(landings));
     let identity = || tandem_transport::Identity::load_or_create(dir);
     Ok(match way.kind {
@@ -174,7 +174,7 @@ fn begin(
         Kind::Tcp => Box::new(tcp::Tcp::new(way, memory, landings)?),
         Kind::Ours { path, .. } => {
             let config = ours::config(path, way.tuning()?, way.connections);
-            Box::new(ours::Ours::new(index, &identity()?, config, memory, landings)?)
+            Box::new(ours::Ours::new(&identity()?, config, memory, landings)?)
         }
         Kind::Quinn { .. } => Box::new(quinn::Bare::new(&identity()?, way.tuning()?, memory, landings)?),
         Kind::Nixl { .. } | Kind::Mooncake => bail!("{way} is run by a script"),

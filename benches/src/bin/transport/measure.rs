@@ -137,11 +137,15 @@ fn start(way: &Way, options: &Options, setting: &Setting<'_>) -> anyhow::Result<
     let mut sender = Process::start(way, 0, setting)?;
     let mut receivers: Vec<_> =
         (1..=receivers).map(|index| Process::start(way, index, setting)).collect::<Result<_, _>>()?;
-    let hellos: Vec<_> = receivers.iter().map(Process::hello).collect();
-    sender.connect(&hellos)?;
+    let mut peers = Vec::new();
+    for receiver in &mut receivers {
+        peers.push(receiver.open(way, &sender)?);
+    }
+    sender.connect(&peers)?;
     if options.both_ways {
+        // If any sends back, it is the first.
         for receiver in &mut receivers {
-            receiver.connect(&[sender.hello()])?;
+            receiver.connect(&[sender.open(way, receiver)?])?;
         }
     }
     let ends = Ends { sender, receivers };

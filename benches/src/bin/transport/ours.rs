@@ -10,7 +10,9 @@ use std::task::{Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 use tandem_proto::ids::NodeId;
-use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, Transport, Tuning, Window, Write};
+use tandem_transport::{
+    Event, Identity, NetConfig, NetTransport, Path, RegionId, Transport, Tuning, Window, Write,
+};
 
 pub(crate) fn config(path: Path, tuning: Tuning, connections: usize) -> NetConfig {
     let config = NetConfig { paths: vec![path], tuning, write_limit: 1 << 20, ..NetConfig::default() };
@@ -42,6 +44,8 @@ pub(crate) struct Ours {
 
 struct Node {
     transport: NetTransport,
+    /// Where messages land.
+    region: RegionId,
     /// Those that messages are sent to, and what each opened.
     peers: Vec<(NodeId, Window)>,
     connected: BTreeSet<NodeId>,
@@ -52,22 +56,18 @@ struct Node {
 
 impl Ours {
     pub(crate) fn new(
-        index: usize,
         identity: &Identity,
         config: NetConfig,
         memory: Memory,
         landings: Arc<Landings>,
     ) -> anyhow::Result<Ours> {
-        let mut transport = NetTransport::bind(here()?, identity, id(index), config)?;
+        let mut transport = NetTransport::bind(here()?, identity, config)?;
         transport.register(Arc::clone(&memory.source))?;
         let region = transport.register(Arc::clone(&memory.landing))?;
-        // The first process sends to all others; if any sends back, it is the second.
-        let writer = id(usize::from(index == 0));
-        let Window { region, key, offset, len } =
-            transport.open_window(writer, region, 0..memory.landing.len())?;
-        let hello = format!("{index} {} {region} {key} {offset} {len}", transport.local_addr());
+        let hello = format!("{} {}", identity.node().0, transport.local_addr());
         let node = Node {
             transport,
+            region,
             peers: Vec::new(),
             connected: BTreeSet::new(),
             memory,
@@ -97,10 +97,6 @@ impl Ours {
         self.idle.unpark();
         outcome
     }
-}
-
-fn id(index: usize) -> NodeId {
-    NodeId(index as u64 + 1)
 }
 
 fn lock(node: &Mutex<Node>) -> MutexGuard<'_, Node> {
@@ -176,13 +172,23 @@ impl End for Ours {
         self.hello.clone()
     }
 
-    fn connect(&mut self, hellos: &[&str]) -> anyhow::Result<()> {
+    fn open(&mut self, hello: &str) -> anyhow::Result<String> {
+        let (id, _) = hello.split_once(' ').context("an id and an address")?;
+        let writer = NodeId(id.parse()?);
         self.with(|node| {
-            for hello in hellos {
-                let [index, addr, region, key, offset, len] = hello.split(' ').collect::<Vec<_>>()[..] else {
-                    bail!("{hello}: no number, address and window");
+            let all = 0..node.memory.landing.len();
+            let Window { region, key, offset, len } = node.transport.open_window(writer, node.region, all)?;
+            Ok(format!("{region} {key} {offset} {len}"))
+        })
+    }
+
+    fn connect(&mut self, peers: &[&str]) -> anyhow::Result<()> {
+        self.with(|node| {
+            for said in peers {
+                let [id, addr, region, key, offset, len] = said.split(' ').collect::<Vec<_>>()[..] else {
+                    bail!("{said}: no id, address and window");
                 };
-                let peer = id(index.parse()?);
+                let peer = NodeId(id.parse()?);
                 let window = Window {
                     region: region.parse()?,
                     key: key.parse()?,

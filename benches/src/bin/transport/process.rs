@@ -84,9 +84,15 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).with_context(|| format!("{} ended", self.name))
     }
 
-    /// What others need to reach it.
-    pub(crate) fn hello(&self) -> &str {
-        &self.hello
+    /// What `writer` needs to write to this process.
+    pub(crate) fn open(&mut self, way: &Way, writer: &Process) -> anyhow::Result<String> {
+        match way.kind {
+            Kind::Ours { .. } => {
+                let window = self.ask(&format!("open {}", writer.hello))?;
+                Ok(format!("{} {window}", self.hello))
+            }
+            _ => Ok(self.hello.clone()),
+        }
     }
 
     /// Asks; [`Process::answer`] has the answer.
@@ -113,7 +119,7 @@ impl Process {
     }
 
     /// Makes these the peers that it sends to.
-    pub(crate) fn connect(&mut self, peers: &[&str]) -> anyhow::Result<()> {
+    pub(crate) fn connect(&mut self, peers: &[String]) -> anyhow::Result<()> {
         self.ask(&format!("connect {}", peers.join("\t"))).map(drop)
     }
 

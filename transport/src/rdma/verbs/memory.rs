@@ -69,7 +69,7 @@ impl MemoryRegion {
 
     /// Registers `len` bytes of a dma-buf, such as a GPU's memory, from its byte `offset` on. For posted work it
     /// begins at `address`.
-    #[cfg_attr(not(test), expect(dead_code, reason = "regions of GPUs come with their engine"))]
+    #[cfg_attr(not(test), expect(dead_code, reason = "lanes take the host's side of a GPU's memory"))]
     pub(crate) fn dma_buf(
         device: &Arc<Device>,
         buffer: BorrowedFd<'_>,

@@ -21,6 +21,8 @@ mod wait;
 
 pub(crate) use device::{AsyncEvent, Device, LinkLayer, Port, names};
 pub(crate) use memory::{Local, MemoryRegion, MemoryWindow};
+#[cfg(test)]
+pub(crate) use queue::Withheld;
 pub(crate) use queue::{Completion, CompletionQueue, Ended, QueuePair, QueuePairLimits, Remote, Work};
 pub(crate) use wait::{Bell, wait_readable};
 

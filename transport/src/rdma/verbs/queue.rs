@@ -23,11 +23,18 @@ const RETRIES: u8 = 6;
 /// rules.
 const RECEIVER_NOT_READY_RETRIES: u8 = 0;
 
+/// Whether work of an id is such that never ends.
+#[cfg(test)]
+pub(crate) type Withheld = fn(u64) -> bool;
+
 /// Where work ends. Belongs to one thread that polls it.
 pub(crate) struct CompletionQueue {
     raw: *mut ffi::ibv_cq,
     channel: *mut ffi::ibv_comp_channel,
     device: Arc<Device>,
+    /// Work of such ids never ends, as far as anyone hears.
+    #[cfg(test)]
+    withheld: Mutex<Option<Withheld>>,
 }
 
 // SAFETY: libibverbs promises that its calls may be made from any thread, and the pointers are freed once, in drop.
@@ -86,7 +93,13 @@ impl CompletionQueue {
             unsafe { ffi::ibv_destroy_comp_channel(channel) };
             return Err(error);
         }
-        let queue = CompletionQueue { raw, channel, device: Arc::clone(device) };
+        let queue = CompletionQueue {
+            raw,
+            channel,
+            device: Arc::clone(device),
+            #[cfg(test)]
+            withheld: Mutex::default(),
+        };
         set_nonblocking(queue.fd())
             .map_err(|source| refused(device.name(), "tell completions without blocking", source))?;
         Ok(Arc::new(queue))
@@ -123,9 +136,24 @@ impl CompletionQueue {
                     _ => Ended::Done,
                 }
             };
+            #[cfg(test)]
+            if ended == Ended::Done && self.withholds(entry.wr_id) {
+                continue;
+            }
             out.push(Completion { id: entry.wr_id, queue_pair: entry.qp_num, ended });
         }
         Ok(found == BATCH)
+    }
+
+    /// From now on work of such ids does not end, as with a NIC that hangs.
+    #[cfg(test)]
+    pub(crate) fn withhold(&self, such: Withheld) {
+        *self.withheld.lock().unwrap_or_else(PoisonError::into_inner) = Some(such);
+    }
+
+    #[cfg(test)]
+    fn withholds(&self, id: u64) -> bool {
+        self.withheld.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|such| such(id))
     }
 
     /// Makes the next completion readable at [`CompletionQueue::fd`]. Poll after it and before waiting: what ended
