@@ -13,6 +13,9 @@ pub(crate) struct Loaded<E: Engine, K: Kernels<Pages = E::Pages>> {
     pub(crate) kv: E::Pages,
     pub(crate) kernels: K,
     pub(crate) device: Shown,
+    /// The one that it computes on, for the transport.
+    #[cfg(feature = "cuda")]
+    pub(crate) gpu: Option<std::sync::Arc<tandem_memory::cuda::Device>>,
 }
 
 /// Memory for pages on a CPU, unless the options say how much.
@@ -37,7 +40,14 @@ pub(crate) fn on_cpu(options: &NodeOptions) -> anyhow::Result<Loaded<CpuEngine, 
     tracing::info!(threads = load.threads, "computing on the CPU");
     warm(&kv)?;
     let device = Shown { device: Device::Cpu, model: "CPU".to_owned(), memory: Box::new(|| None) };
-    Ok(Loaded { engine, kv, kernels: CpuKernels::default(), device })
+    Ok(Loaded {
+        engine,
+        kv,
+        kernels: CpuKernels::default(),
+        device,
+        #[cfg(feature = "cuda")]
+        gpu: None,
+    })
 }
 
 /// How much of a GPU's memory a node uses, unless the options say so.
@@ -97,7 +107,7 @@ pub(crate) fn on_gpu(
         model: gpu.name().to_owned(),
         memory: Box::new(move || watched.memory().ok()),
     };
-    Ok(Loaded { engine, kv, kernels, device })
+    Ok(Loaded { engine, kv, kernels, device, gpu: Some(gpu) })
 }
 
 fn of_model(options: &NodeOptions) -> String {

@@ -242,7 +242,14 @@ impl Started {
         node_loop: impl NodeLoop,
     ) -> anyhow::Result<()> {
         let Started { options, role, shutdown, identity, runtime, status } = self;
-        let Loaded { engine, kv, kernels, device } = loaded;
+        let Loaded {
+            engine,
+            kv,
+            kernels,
+            device,
+            #[cfg(feature = "cuda")]
+            gpu,
+        } = loaded;
         runtime.block_on(async move {
         let node = identity.node();
         let tuning = Tuning {
@@ -257,6 +264,9 @@ impl Started {
             paths: options.transport.0.clone(),
             #[cfg(feature = "rdma")]
             rdma_devices: options.rdma_devices.clone(),
+            // Peers may connect before the loop, on its thread, has taken memory of the GPU and registered it.
+            #[cfg(feature = "cuda")]
+            gpu,
             threads: options.data_threads,
             tls_connections: options.data_threads,
             tuning,

@@ -9,7 +9,7 @@ use tandem_engine::{Engine, Progress, Sequence};
 use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, Next, Shown};
-use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId};
+use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId, Time};
 use tandem_proto::keys::{ChunkKey, chunk_keys};
 use tandem_proto::wire::{FirstTokens, Load, Message, RequestError, Sampled};
 use tracing::field::display;
@@ -39,6 +39,9 @@ pub struct Node<E: Engine, K: Kernels<Pages = E::Pages>> {
     told: Load,
     board: Arc<Board>,
 }
+
+/// Between turns of handoffs while a device computes: the end of a step is not to be noticed late for one.
+const WAITING_TURN_US: u64 = 50;
 
 /// How many early cancels are remembered.
 const MAX_CANCELLED_EARLY: usize = 1024;
@@ -305,11 +308,22 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             })
             .collect();
         let outbound = &mut self.outbound;
+        let mut waited: Option<Time> = None;
         let result = self.engine.step(&batch, &mut self.kv, &mut |progress, pages| {
-            let Progress::Layer(layer) = progress else { return outbound.turn(pages) };
-            for share in &shares {
-                for chunk in share.start / kv.chunk_tokens..share.end.div_ceil(kv.chunk_tokens) {
-                    outbound.ready(share.request, ChunkIdx(chunk), layer);
+            match progress {
+                Progress::Layer(layer) => {
+                    for share in &shares {
+                        for chunk in share.start / kv.chunk_tokens..share.end.div_ceil(kv.chunk_tokens) {
+                            outbound.ready(share.request, ChunkIdx(chunk), layer);
+                        }
+                    }
+                }
+                Progress::Waiting => {
+                    let now = outbound.clock.now();
+                    if waited.is_some_and(|last| now.since_us(last) < WAITING_TURN_US) {
+                        return;
+                    }
+                    waited = Some(now);
                 }
             }
             outbound.turn(pages);

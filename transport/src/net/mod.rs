@@ -60,6 +60,10 @@ pub struct NetConfig {
     /// RDMA devices to use, by name: each must be there. If empty, all that there are. Without feature `rdma` there
     /// are none.
     pub rdma_devices: Vec<String>,
+    /// The GPU whose memory will be registered: peers may connect before that is, and are offered lanes to it all the
+    /// same. None if it is the one of the first region with a twin, from its registration on.
+    #[cfg(feature = "cuda")]
+    pub gpu: Option<Arc<tandem_memory::cuda::Device>>,
     /// Unreported writes to one peer, at most.
     pub write_limit: usize,
     /// Events that the node loop has not polled, at most: when there are more, peers are kept waiting.
@@ -84,6 +88,8 @@ impl Default for NetConfig {
             tls_turns: None,
             streams: 4,
             rdma_devices: Vec::new(),
+            #[cfg(feature = "cuda")]
+            gpu: None,
             write_limit: 256,
             event_limit: 65_536,
             connect_timeout: Duration::from_secs(3),

@@ -74,7 +74,7 @@ pub(crate) struct Node {
     /// The RDMA devices of this host; none if there are none.
     #[cfg(feature = "rdma")]
     rdma: Option<Arc<Rdma>>,
-    /// The one that the first registered region with a twin is on.
+    /// The configured one, else that of the first registered region with a twin.
     #[cfg(feature = "cuda")]
     gpu: OnceLock<Arc<Device>>,
     /// Writes that wait for bytes from a GPU.
@@ -259,9 +259,9 @@ impl Node {
             tls,
             #[cfg(feature = "rdma")]
             rdma: rdma_devices(&config)?,
-            config,
             #[cfg(feature = "cuda")]
-            gpu: OnceLock::new(),
+            gpu: config.gpu.clone().map_or_else(OnceLock::new, OnceLock::from),
+            config,
             fetches: Fetches::default(),
             threads: Mutex::default(),
             keys: Mutex::new(Rng::new(seed)),
@@ -349,7 +349,7 @@ impl Node {
         self.windows.register(region)
     }
 
-    /// The GPU that lanes read and write, if memory of one is registered.
+    /// The GPU that lanes read and write, if there is one.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu(&self) -> Option<&Arc<Device>> {
         self.gpu.get()
