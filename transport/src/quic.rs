@@ -132,7 +132,8 @@ impl Link {
                 }
             };
             if let Some((stream, ack)) = answered {
-                self.settle_quietly(&node, &life, stream, bytes, ack);
+                self.forget(stream, bytes);
+                node.settle_quietly(&life, &*self, &[(ack.sequence, ack.landed)]);
                 node.wake();
             }
         }
@@ -149,13 +150,12 @@ impl Link {
         }
     }
 
-    /// Reports a write, after making sure that QUIC never reads its source again. The caller wakes the node loop.
-    fn settle_quietly(&self, node: &Node, life: &Life, mut stream: SendStream, bytes: u64, ack: Ack) {
+    /// QUIC never reads a write's source again: the write can be reported.
+    fn forget(&self, mut stream: SendStream, bytes: u64) {
         // What QUIC has not seen acknowledged by itself it would send again; a reset makes it forget. On a
         // stream that is done with, this does nothing.
         let _ = stream.reset(VarInt::from_u32(0));
         self.load.fetch_sub(bytes, Ordering::Relaxed);
-        node.settle_quietly(life, self, ack.sequence, ack.landed);
     }
 
     async fn receive(self: Arc<Self>, node: Arc<Node>, life: Arc<Life>) {
@@ -279,12 +279,16 @@ impl Link {
         while let Ok(Some(chunk)) = stream.read_chunk(MAX_ANSWERS, true).await {
             pending.extend_from_slice(&chunk.bytes);
             let (records, cut) = pending.as_chunks::<ACK_BYTES>();
+            let mut fates = Vec::with_capacity(records.len());
             for record in records {
                 let Some(ack) = Ack::decode(record) else {
                     return self.broken(&life, "malformed acknowledgement");
                 };
-                self.take_ack(&node, &life, ack);
+                if self.take_ack(&node, ack) {
+                    fates.push((ack.sequence, ack.landed));
+                }
             }
+            node.settle_quietly(&life, &*self, &fates);
             pending = cut.to_vec();
             // Once for all that have come: each time is a switch of threads.
             node.wake();
@@ -293,7 +297,8 @@ impl Link {
         }
     }
 
-    fn take_ack(&self, node: &Node, life: &Life, ack: Ack) {
+    /// Whether the write can be reported now.
+    fn take_ack(&self, node: &Node, ack: Ack) -> bool {
         let stream = {
             let mut sent = lock(&self.sent);
             let stream = sent.streams.remove(&ack.sequence);
@@ -303,9 +308,9 @@ impl Link {
             }
             stream
         };
-        if let Some((stream, bytes)) = stream {
-            self.settle_quietly(node, life, stream, bytes, ack);
-        }
+        let Some((stream, bytes)) = stream else { return false };
+        self.forget(stream, bytes);
+        true
     }
 
     fn broken(&self, life: &Life, rule: &str) {

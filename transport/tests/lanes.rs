@@ -145,6 +145,54 @@ fn who_sleeps_is_woken_however_few_events_there_may_be() {
     }
 }
 
+/// Both node loops sleep, and hear of the last write of a run as soon as of the first, however the writes come.
+#[test]
+fn who_sleeps_hears_of_the_end_of_a_run() {
+    const SOON: Duration = Duration::from_millis(500);
+    let sleep_until = |node: &mut Node, mut left: usize, what: &str| {
+        node.transport.set_waker(Waker::from(Arc::new(Unpark(std::thread::current()))));
+        let begun = Instant::now();
+        loop {
+            node.transport.poll(&mut node.events);
+            left -= node
+                .events
+                .drain(..)
+                .filter(|e| matches!(e, Event::Landed { .. } | Event::Sent { .. }))
+                .count();
+            if left == 0 {
+                return;
+            }
+            std::thread::park_timeout(SOON);
+            assert!(begun.elapsed() < SOON, "{what}: not woken for the last {left}");
+        }
+    };
+    for path in [Path::Shm, Path::Tls] {
+        let mut nodes = pair(&[path]);
+        let region = nodes[1].region;
+        let window = nodes[1].transport.open_window(id(0), region, 0..REGION).unwrap();
+        nodes.iter_mut().for_each(|node| node.events.clear());
+        let mut rng = 11;
+        for round in 0..if path == Path::Shm { 1000 } else { 200 } {
+            let writes = 1 + random(&mut rng, 40);
+            let longest = [100, 5000, 50_000][random(&mut rng, 3)];
+            let [writer, reader] = &mut nodes;
+            std::thread::scope(|scope| {
+                scope.spawn(|| sleep_until(reader, writes, &format!("{path}, landings of round {round}")));
+                for ticket in 0..writes as u64 {
+                    let source = writer.memory.extent(0..random(&mut rng, longest)).unwrap();
+                    let write = Write { ticket, source, window, offset: 0, immediate: 0 };
+                    writer.transport.submit(id(1), write).unwrap();
+                    let (begun, pause) = (Instant::now(), random(&mut rng, 8).pow(2));
+                    while begun.elapsed() < Duration::from_micros(pause as u64) {
+                        std::hint::spin_loop();
+                    }
+                }
+                sleep_until(writer, writes, &format!("{path}, reports of round {round}"));
+            });
+        }
+    }
+}
+
 /// A write without a body may fill a batch, which is sent before anything else is sealed: its answer is one to a write
 /// that this side knows of.
 #[test]

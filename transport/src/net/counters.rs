@@ -1,7 +1,6 @@
 //! What is counted of the writes: by path, and by peer and path. A write costs a handful of additions, a byte none.
 
 use super::lane::Path;
-use crate::transport::FailReason;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 use tandem_proto::ids::NodeId;
@@ -91,24 +90,59 @@ pub(super) struct PathCounters {
 }
 
 pub(super) fn add(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Relaxed);
+    if n > 0 {
+        counter.fetch_add(n, Relaxed);
+    }
+}
+
+/// Writes whose fates became known together.
+#[derive(Default)]
+pub(crate) struct Settled {
+    sent: u64,
+    bytes_sent: u64,
+    times: WriteTimes,
+    refused: u64,
+    bytes: u64,
+}
+
+impl Settled {
+    pub(super) fn add(&mut self, landed: bool, bytes: u64, took: Duration) {
+        self.bytes += bytes;
+        if !landed {
+            self.refused += 1;
+            return;
+        }
+        let took_us = took.as_micros() as u64;
+        self.sent += 1;
+        self.bytes_sent += bytes;
+        self.times.counts[WRITE_TIME_BOUNDS_US.partition_point(|bound| *bound < took_us)] += 1;
+        self.times.sum_us += took_us;
+    }
+
+    /// All of them.
+    pub(crate) fn writes(&self) -> u64 {
+        self.sent + self.refused
+    }
+
+    /// Their bytes, landed or not.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
 }
 
 impl PathCounters {
-    pub(super) fn sent(&self, bytes: u64, took: Duration) {
-        let took_us = took.as_micros() as u64;
-        let bucket = WRITE_TIME_BOUNDS_US.partition_point(|bound| *bound < took_us);
-        add(&self.writes_sent, 1);
-        add(&self.bytes_sent, bytes);
-        add(&self.times[bucket], 1);
-        add(&self.times_sum_us, took_us);
+    pub(super) fn settled(&self, settled: &Settled) {
+        add(&self.writes_sent, settled.sent);
+        add(&self.bytes_sent, settled.bytes_sent);
+        add(&self.times_sum_us, settled.times.sum_us);
+        add(&self.writes_refused, settled.refused);
+        for (count, of_these) in self.times.iter().zip(settled.times.counts) {
+            add(count, of_these);
+        }
     }
 
-    pub(super) fn not_sent(&self, reason: FailReason) {
-        match reason {
-            FailReason::Refused => add(&self.writes_refused, 1),
-            FailReason::Severed => add(&self.writes_severed, 1),
-        }
+    pub(super) fn severed(&self) {
+        add(&self.writes_severed, 1);
     }
 
     pub(super) fn landed(&self, bytes: u64) {
@@ -152,10 +186,11 @@ mod tests {
 
     #[test]
     fn a_write_is_counted_in_the_bucket_of_its_time() {
-        let counters = PathCounters::default();
+        let (counters, mut settled) = (PathCounters::default(), Settled::default());
         for took_us in [0, 50, 51, 5_000_000, 5_000_001] {
-            counters.sent(10, Duration::from_micros(took_us));
+            settled.add(true, 10, Duration::from_micros(took_us));
         }
+        counters.settled(&settled);
         let metrics = counters.metrics(Path::Tls, (3, 30));
         let mut expected = [0; WRITE_TIME_BOUNDS_US.len() + 1];
         (expected[0], expected[1], expected[13], expected[14]) = (2, 1, 1, 1);

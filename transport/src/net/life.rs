@@ -1,13 +1,14 @@
 //! Everything with one peer from `Connected` to `Severed`.
 
-use super::counters::PeerCounters;
+use super::counters::{PeerCounters, Settled};
+use super::landed::{Landed, MAX_LANDED, TooManyLanded};
 use super::lane::{Generation, Job, Lane, LaneId, Path};
+use super::tickets::{Ticket, Tickets};
 use crate::quic::Link;
 use crate::transport::{Event, FailReason, SubmitError, Write};
 use crate::twin::Fetches;
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 #[cfg(feature = "cuda")]
 use tandem_memory::Extent;
 use tandem_proto::ids::NodeId;
@@ -16,9 +17,10 @@ use tokio::sync::Notify;
 /// The most QUIC connections that one life may have.
 pub(super) const MAX_PARTS: usize = 64;
 
-/// Writes of the peer that have landed and may yet be repeated, at most. A peer that keeps the rules has as
-/// many unreported as its limit of writes says.
-const MAX_LANDED: usize = 1 << 20;
+/// Numbers of writes between the oldest that is not reported and the newest, at most, where the limit of unreported
+/// writes is lower: the peer remembers as many.
+const MIN_SPAN: usize = 1 << 16;
+const _: () = assert!(MIN_SPAN as u64 <= MAX_LANDED);
 
 /// A life: its lanes, and the tickets that are to be reported before it ends.
 pub(crate) struct Life {
@@ -48,10 +50,8 @@ struct State {
     next_lane: u32,
     standing: Standing,
     /// Submitted and not reported, by sequence number. Empty unless the life is up.
-    tickets: BTreeMap<u64, Ticket>,
-    next_sequence: u64,
-    /// The peer's writes that have landed by lanes that may fail, from its floor on.
-    landed: BTreeSet<u64>,
+    tickets: Tickets,
+    landed: Landed,
 }
 
 /// Lanes on their way to carry writes.
@@ -78,23 +78,6 @@ pub(crate) enum Phase {
     Ended,
 }
 
-struct Ticket {
-    write: Write,
-    /// None while it waits for its source's bytes.
-    lane: Option<LaneId>,
-    /// A lane that failed has had it.
-    repeated: bool,
-    path: Path,
-    submitted: Instant,
-}
-
-/// A ticket whose fate is known.
-pub(super) struct Settled {
-    pub(super) landed: bool,
-    pub(super) bytes: u64,
-    pub(super) took: Duration,
-}
-
 /// What the end of a life leaves to report.
 pub(super) struct Remains {
     pub(super) was_up: bool,
@@ -112,9 +95,6 @@ pub(super) enum Moved {
     /// So many were left, and there is no other.
     NoneLeft { lanes: usize },
 }
-
-/// The peer has more writes landed and unreported than any limit allows.
-pub(crate) struct TooManyLanded;
 
 impl Life {
     /// Its first lanes can be made at once, by whoever knows `secret`.
@@ -136,9 +116,8 @@ impl Life {
             failed: Generation::SESSION,
             next_lane: 0,
             standing: Standing { path: None, why: String::new(), since: Instant::now() },
-            tickets: BTreeMap::new(),
-            next_sequence: 0,
-            landed: BTreeSet::new(),
+            tickets: Tickets::default(),
+            landed: Landed::default(),
         };
         Life { peer, number, dialled_here, counters, path_changed: Notify::new(), state: Mutex::new(state) }
     }
@@ -186,7 +165,7 @@ impl Life {
     /// Unreported writes, and their bytes, by path.
     pub(super) fn queued(&self) -> [(u64, u64); Path::ALL.len()] {
         let mut queued = [(0, 0); Path::ALL.len()];
-        for ticket in self.state().tickets.values() {
+        for (_, ticket) in self.state().tickets.iter() {
             let (writes, bytes) = &mut queued[ticket.path as usize];
             *writes += 1;
             *bytes += ticket.write.source.len() as u64;
@@ -324,13 +303,13 @@ impl Life {
         }
         let was_up = state.phase == Phase::Up;
         state.phase = Phase::Ended;
-        let tickets = std::mem::take(&mut state.tickets);
+        let tickets = state.tickets.take_all();
         let mut lanes = std::mem::take(&mut state.lanes);
         lanes.extend(state.making.take().into_iter().flat_map(|making| making.lanes));
         let links = std::mem::take(&mut state.parts).into_iter().flatten().collect();
         drop(state);
         self.path_changed.notify_waiters();
-        let failed = tickets.into_values().map(|ticket| (ticket.write.ticket, ticket.path)).collect();
+        let failed = tickets.map(|ticket| (ticket.write.ticket, ticket.path)).collect();
         Some(Remains { was_up, links, lanes, failed })
     }
 
@@ -339,17 +318,15 @@ impl Life {
         if state.phase != Phase::Up {
             return Err(SubmitError::NotConnected { peer: self.peer });
         }
-        if state.tickets.len() >= limit {
+        if state.tickets.len() >= limit || state.tickets.span() >= limit.max(MIN_SPAN) {
             return Err(SubmitError::Full { peer: self.peer, limit });
         }
         // Under the lock, so that the end of the life finds either no ticket or a queued job.
         let Some(path) = state.path() else {
             return Err(SubmitError::NotConnected { peer: self.peer });
         };
-        let sequence = state.next_sequence;
-        state.next_sequence += 1;
         let ticket = Ticket { write, lane: None, repeated: false, path, submitted: Instant::now() };
-        state.tickets.insert(sequence, ticket);
+        let sequence = state.tickets.push(ticket);
         self.send(&mut state, sequence, fetches);
         Ok(())
     }
@@ -368,7 +345,7 @@ impl Life {
     #[cfg(feature = "cuda")]
     pub(crate) fn waits_for_source(&self, sequence: u64) -> Option<Extent> {
         let state = self.state();
-        let ticket = state.tickets.get(&sequence)?;
+        let ticket = state.tickets.get(sequence)?;
         ticket.lane.is_none().then(|| ticket.write.source.clone())
     }
 
@@ -378,29 +355,39 @@ impl Life {
         self.state().hand_over(sequence);
     }
 
-    /// The fate of a write is known, and its source is not read any more: hands its report over, unless
-    /// another lane has the write by now, or the end of the life has.
+    /// The fates of writes are known, by number and whether they landed, and their sources are not read any more: hands
+    /// their reports over, without those that another lane has by now, or that the end of the life has reported.
     pub(super) fn settle(
         &self,
         lane: LaneId,
-        sequence: u64,
-        landed: bool,
-        report: impl FnOnce(Event),
-    ) -> Option<Settled> {
+        fates: &[(u64, bool)],
+        report: impl FnOnce(&mut dyn Iterator<Item = Event>),
+    ) -> Settled {
+        let peer = self.peer;
+        let mut settled = Settled::default();
+        // Dropped after the lock, and allocated before.
+        let mut tickets = Vec::with_capacity(fates.len());
         let mut state = self.state();
-        if state.tickets.get(&sequence)?.lane != Some(lane) {
-            return None;
+        for (sequence, landed) in fates {
+            if state.tickets.get(*sequence).is_some_and(|ticket| ticket.lane == Some(lane))
+                && let Some(ticket) = state.tickets.remove(*sequence)
+            {
+                tickets.push((ticket, *landed));
+            }
         }
-        let Ticket { write, submitted, .. } = state.tickets.remove(&sequence)?;
-        let (peer, ticket) = (self.peer, write.ticket);
-        // Under the lock, so that no report follows the end of the life.
-        report(if landed {
-            Event::Sent { peer, ticket }
-        } else {
-            Event::Failed { peer, ticket, reason: FailReason::Refused }
-        });
+        if !tickets.is_empty() {
+            // Under the lock, so that no report follows the end of the life.
+            report(&mut tickets.iter().map(|(Ticket { write, .. }, landed)| match landed {
+                true => Event::Sent { peer, ticket: write.ticket },
+                false => Event::Failed { peer, ticket: write.ticket, reason: FailReason::Refused },
+            }));
+        }
         drop(state);
-        Some(Settled { landed, bytes: write.source.len() as u64, took: submitted.elapsed() })
+        let now = Instant::now();
+        for (Ticket { write, submitted, .. }, landed) in &tickets {
+            settled.add(*landed, write.source.len() as u64, now.saturating_duration_since(*submitted));
+        }
+        settled
     }
 
     /// The lanes of a path that carry writes.
@@ -433,10 +420,10 @@ impl Life {
             .tickets
             .iter()
             .filter(|(_, ticket)| ticket.lane.is_some_and(|lane| is_among(lane, generation)))
-            .map(|(sequence, _)| *sequence)
+            .map(|(sequence, _)| sequence)
             .collect();
         for sequence in &unsettled {
-            if let Some(ticket) = state.tickets.get_mut(sequence) {
+            if let Some(ticket) = state.tickets.get_mut(*sequence) {
                 (ticket.lane, ticket.repeated) = (None, true);
                 self.send(&mut state, *sequence, fetches);
             }
@@ -450,16 +437,11 @@ impl Life {
     /// A write of the peer's has landed by a lane that may fail before the peer knows: if the write is
     /// repeated, it is answered and not landed again.
     pub(crate) fn note_landed(&self, sequence: u64, floor: u64) -> Result<(), TooManyLanded> {
-        let mut state = self.state();
-        while state.landed.first().is_some_and(|first| *first < floor) {
-            state.landed.pop_first();
-        }
-        state.landed.insert(sequence);
-        if state.landed.len() > MAX_LANDED { Err(TooManyLanded) } else { Ok(()) }
+        self.state().landed.note(sequence, floor)
     }
 
     pub(crate) fn has_landed(&self, sequence: u64) -> bool {
-        self.state().landed.contains(&sequence)
+        self.state().landed.has(sequence)
     }
 }
 
@@ -479,13 +461,16 @@ impl State {
 
     /// The least loaded lane of the best path.
     fn lane(&self) -> Option<&Arc<dyn Lane>> {
+        if let [only] = &self.lanes[..] {
+            return Some(only);
+        }
         let path = self.path()?;
         self.lanes.iter().take_while(|lane| lane.path() == path).min_by_key(|lane| lane.load())
     }
 
     #[cfg(feature = "cuda")]
     fn must_fetch(&self, sequence: u64) -> bool {
-        let source = self.tickets.get(&sequence).map(|ticket| &ticket.write.source);
+        let source = self.tickets.get(sequence).map(|ticket| &ticket.write.source);
         source.is_some_and(|source| {
             crate::twin::must_fetch(source) && !self.lane().is_some_and(|lane| lane.reads_twin(source))
         })
@@ -495,8 +480,8 @@ impl State {
     fn hand_over(&mut self, sequence: u64) {
         // There is one as long as there are tickets.
         let Some(lane) = self.lane().cloned() else { return };
-        let floor = self.tickets.first_key_value().map_or(sequence, |(first, _)| *first);
-        let Some(ticket) = self.tickets.get_mut(&sequence).filter(|ticket| ticket.lane.is_none()) else {
+        let floor = self.tickets.floor();
+        let Some(ticket) = self.tickets.get_mut(sequence).filter(|ticket| ticket.lane.is_none()) else {
             return;
         };
         (ticket.lane, ticket.path) = (Some(lane.id()), lane.path());
@@ -583,7 +568,8 @@ mod tests {
             Moved::Repeated { lanes: 1, writes: 1 }
         ));
         assert_eq!((life.path(), life.standing().why.as_str()), (Some(Path::Tls), "shm failed"));
-        assert!(life.settle(first.0, 0, true, |_| panic!("another lane has the write")).is_none());
+        let settled = life.settle(first.0, &[(0, true)], |_| panic!("another lane has the write"));
+        assert_eq!(settled.writes(), 0);
 
         let (generation, failed) = life.next_generation();
         assert_eq!((generation, failed), (Generation(2), Generation(1)));

@@ -11,9 +11,11 @@
 pub(crate) mod counters;
 pub(crate) mod handshakes;
 pub(crate) mod header;
+mod landed;
 pub(crate) mod lane;
 pub(crate) mod life;
 pub(crate) mod node;
+mod tickets;
 
 use crate::endpoint::{BindError, Bound, Tuning};
 use crate::handshake::{CloseCode, MAX_PORTS};

@@ -1,9 +1,9 @@
 //! What the node loop and the threads share: peers, windows, and events on their way to `poll`.
 
-use super::counters::{PathCounters, PeerCounters, PeerStatus, add};
+use super::counters::{PathCounters, PeerCounters, PeerStatus, Settled, add};
 use super::header::Header;
 use super::lane::{Generation, Lane, LaneId, Path};
-use super::life::{Life, MAX_PARTS, Moved, Phase, Remains, Settled};
+use super::life::{Life, MAX_PARTS, Moved, Phase, Remains};
 use super::{NetConfig, NetMetrics};
 use crate::endpoint::{BindError, Bound};
 use crate::events::EventQueue;
@@ -477,15 +477,17 @@ impl Node {
         lock(&self.outbox).events.push_landed(peer, immediate, len, key);
     }
 
-    /// The caller wakes the node loop, now or when it has more to tell.
-    pub(crate) fn settle_quietly(&self, life: &Life, lane: &dyn Lane, sequence: u64, landed: bool) {
-        let report = |event| lock(&self.outbox).events.push(event);
-        if let Some(Settled { landed, bytes, took }) = life.settle(lane.id(), sequence, landed, report) {
-            self.count(life, lane.path(), |counters| match landed {
-                true => counters.sent(bytes, took),
-                false => counters.not_sent(FailReason::Refused),
-            });
+    /// The fates of a lane's writes are known, by number and whether they landed. The caller wakes the node loop, now or
+    /// when it has more to tell.
+    pub(crate) fn settle_quietly(&self, life: &Life, lane: &dyn Lane, fates: &[(u64, bool)]) -> Settled {
+        let settled = life.settle(lane.id(), fates, |reports| {
+            let mut outbox = lock(&self.outbox);
+            reports.for_each(|event| outbox.events.push(event));
+        });
+        if settled.writes() > 0 {
+            self.count(life, lane.path(), |counters| counters.settled(&settled));
         }
+        settled
     }
 
     /// Counts something with a peer, and with all.
@@ -1356,7 +1358,7 @@ impl Node {
             add(of_peer, packets);
         }
         for (_, path) in &failed {
-            self.count(life, *path, |counters| counters.not_sent(FailReason::Severed));
+            self.count(life, *path, |counters| counters.severed());
         }
         self.windows.close_all_of(peer);
         let mut asked = false;

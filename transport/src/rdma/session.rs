@@ -148,7 +148,7 @@ impl Session for NetSession {
 
     fn settle(&self, sequence: u64, landed: bool) {
         if let Some(lane) = self.lane.upgrade() {
-            self.node.settle_quietly(&self.life, &*lane, sequence, landed);
+            self.node.settle_quietly(&self.life, &*lane, &[(sequence, landed)]);
             self.node.wake();
         }
     }

@@ -27,7 +27,7 @@ pub(crate) use handover::{GpuOffer, Listener, Offer};
 use handover::{Message, PATIENCE, Received, Socket};
 use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};
 use rustix::io::Errno;
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -42,14 +42,18 @@ const VERSION: u16 = 3;
 const PIECE: usize = 256 << 10;
 /// Writes of this length pass the cache by: what else is there stays, and memory is written without being read before.
 const STREAM_FROM: u64 = 2 << 20;
-/// Bytes that land before the peer is told, if it sleeps, and the node loop, if more is waiting: waking costs as much as
-/// copying some hundred KiB.
+/// Bytes that land before the peer is told, if it sleeps, and the node loop, if more is waiting: in a virtual machine,
+/// waking a thread on another core takes as long as copying half a MiB.
 const TELL_PEER_EVERY: u64 = 2 << 20;
-const TELL_NODE_EVERY: u64 = 4 << 20;
+const TELL_NODE_EVERY: u64 = 16 << 20;
+/// What a write counts for in these beside its bytes.
+const WRITE_COST: u64 = 4 << 10;
+/// Answers taken in at once, at most: whoever submits waits meanwhile.
+const ANSWERS: usize = 64;
 /// How long to look for more before sleeping. Waking takes a system call and some ten microseconds.
 const SPIN: Duration = Duration::from_micros(5);
 /// Bytes of writes under way that make their sender nap instead of sleeping: it looks by itself when the peer may have
-/// copied a quarter of them, and the peer is spared from waking it, which holds up copying.
+/// copied a quarter of them, or one, and the peer is spared from waking it, which holds up copying.
 const NAP_FROM: u64 = 512 << 10;
 /// The longest nap: who naps is not woken, neither by answers nor by what the peer has to write.
 const MAX_NAP: Duration = Duration::from_micros(100);
@@ -315,7 +319,10 @@ struct ShmLane {
     own: Sign,
     peers: Sign,
     out: Mutex<Outgoing>,
+    /// Bytes of unsettled writes.
     load: AtomicU64,
+    /// How many there are.
+    unsettled: AtomicU64,
     /// Held while a piece is copied; false once the lane is closed.
     open: Mutex<bool>,
     /// As `open`, for those who need no certainty.
@@ -328,17 +335,16 @@ struct Outgoing {
     jobs: Producer<JOB_WORDS>,
     /// Those for which the queue had no room.
     waiting: VecDeque<Job>,
-    /// What each unsettled write counts as load.
-    unsettled: BTreeMap<u64, u64>,
-    /// Regions that the peer was given, by where they begin. They stay until the lane is gone, so none of
-    /// these addresses becomes another region's.
-    given: HashMap<usize, (u32, Arc<HostRegion>)>,
+    /// Regions that the peer was given, each in the place that its number says. They stay until the lane is gone.
+    given: Vec<Arc<HostRegion>>,
 }
 
 struct Incoming {
     jobs: Consumer<JOB_WORDS>,
     answers: Producer<1>,
     acks: Consumer<1>,
+    /// Taken from there, to be settled together.
+    fates: Vec<(u64, bool)>,
     regions: BTreeMap<u32, Source>,
     /// What the GPU copies.
     #[cfg(feature = "cuda")]
@@ -375,19 +381,16 @@ impl ShmLane {
             way,
             own,
             peers,
-            out: Mutex::new(Outgoing {
-                jobs: jobs_out,
-                waiting: VecDeque::new(),
-                unsettled: BTreeMap::new(),
-                given: HashMap::new(),
-            }),
+            out: Mutex::new(Outgoing { jobs: jobs_out, waiting: VecDeque::new(), given: Vec::new() }),
             load: AtomicU64::new(0),
+            unsettled: AtomicU64::new(0),
             open: Mutex::new(true),
             closed: AtomicBool::new(false),
             incoming: Mutex::new(Some(Incoming {
                 jobs: jobs_in,
                 answers: acks_out,
                 acks: acks_in,
+                fates: Vec::with_capacity(ANSWERS),
                 regions: BTreeMap::new(),
                 #[cfg(feature = "cuda")]
                 progress: Progress::default(),
@@ -430,43 +433,54 @@ impl ShmLane {
         // Where it cannot be set, naps are longer.
         let _ = rustix::thread::set_current_timer_slack(Some(NAP_SLACK));
         let mut idle_since = None;
-        let (mut napped_for, mut sleeps) = (0, 0);
+        let (mut napped, mut sleeps) = (false, 0);
+        // What has landed since the node loop was told, and whether it was told of something in this run of writes.
+        let (mut node_untold, mut told) = (0, false);
         while !self.is_closed() {
             let settled = self.settle(node, life, &mut incoming)?;
-            if settled < std::mem::take(&mut napped_for) {
+            if std::mem::take(&mut napped) && !settled {
                 sleeps = SLEEPS_AFTER_VAIN_NAP;
             }
-            let mut busy = settled > 0;
-            busy |= self.flush()?;
+            let mut busy = settled | self.flush()?;
             #[cfg(feature = "cuda")]
-            {
-                busy |= self.fly(node, life, &mut incoming)?;
+            if self.fly(node, life, &mut incoming)? {
+                (busy, told) = (true, false);
+                node_untold += WRITE_COST;
             }
-            let (mut peer_untold, mut node_untold) = (0, 0);
+            let mut peer_untold = 0;
             while !self.is_closed()
-                && self.has_room(&incoming)?
+                && self.has_room(&mut incoming)?
                 && let Some(words) = incoming.jobs.pop()?
             {
                 busy = true;
-                let landed = self.receive(node, life, &mut incoming, &words)?;
+                let landed = self.receive(node, life, &mut incoming, &words)? + WRITE_COST;
                 (peer_untold, node_untold) = (peer_untold + landed, node_untold + landed);
                 if peer_untold >= TELL_PEER_EVERY {
                     peer_untold = 0;
                     self.wake_peer();
                 }
                 if node_untold >= TELL_NODE_EVERY {
-                    node_untold = 0;
+                    (node_untold, told) = (0, true);
                     node.wake();
                 }
                 self.settle(node, life, &mut incoming)?;
                 #[cfg(feature = "cuda")]
-                self.fly(node, life, &mut incoming)?;
+                if self.fly(node, life, &mut incoming)? {
+                    told = false;
+                    node_untold += WRITE_COST;
+                }
             }
             #[cfg(feature = "cuda")]
             self.depart(&mut incoming)?;
-            if busy {
-                self.wake_peer();
+            // Also when there is nothing new: a peer that has gone to sleep while this side is still awake has its answers
+            // or its next writes soon, and waking up takes longer than all the rest.
+            self.wake_peer();
+            // A lone write is told of at once. Of a run, more may be on its way.
+            if node_untold > 0 && !told {
+                (node_untold, told) = (0, true);
                 node.wake();
+            }
+            if busy {
                 idle_since = None;
                 continue;
             }
@@ -481,16 +495,19 @@ impl ShmLane {
                 }
                 continue;
             }
-            let load = self.load();
-            if load >= NAP_FROM && sleeps == 0 {
-                let nap = Duration::from_nanos(load / 4 / self.way.bytes_per_ns()).min(MAX_NAP);
-                napped_for = nap.as_nanos() as u64 * self.way.bytes_per_ns();
-                self.socket.wait(nap);
-                continue;
-            }
-            if idle < SPIN {
+            let nap = if sleeps == 0 { self.nap() } else { None };
+            if nap.is_none() && idle < SPIN {
                 // The copier may be this core's other half: leave it the core.
                 (0..8).for_each(|_| std::hint::spin_loop());
+                continue;
+            }
+            told = false;
+            if std::mem::take(&mut node_untold) > 0 {
+                node.wake();
+            }
+            if let Some(nap) = nap {
+                napped = true;
+                self.socket.wait(nap);
                 continue;
             }
             sleeps = sleeps.saturating_sub(1);
@@ -505,7 +522,7 @@ impl ShmLane {
     }
 
     /// Whether another write can be taken in.
-    fn has_room(&self, incoming: &Incoming) -> Result<bool, Error> {
+    fn has_room(&self, incoming: &mut Incoming) -> Result<bool, Error> {
         #[cfg(feature = "cuda")]
         if !incoming.progress.has_room() {
             return Ok(false);
@@ -513,28 +530,39 @@ impl ShmLane {
         Ok(incoming.answers.has_room()?)
     }
 
-    /// Takes in the peer's answers; returns by how much that eased the load.
-    fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<u64, Error> {
-        let (mut any, mut settled) = (false, 0);
+    /// How long the peer needs for some of what is under way; none if that is too little, or takes too long.
+    fn nap(&self) -> Option<Duration> {
+        let [load, writes] = [&self.load, &self.unsettled].map(|count| count.load(Ordering::Relaxed));
+        let time = |bytes| Duration::from_nanos(bytes / self.way.bytes_per_ns());
+        let write = time(load / writes.max(1));
+        (load >= NAP_FROM && write <= MAX_NAP).then(|| write.max(time(load / 4).min(MAX_NAP)))
+    }
+
+    /// Takes in the peer's answers; returns whether any write was settled.
+    fn settle(&self, node: &Node, life: &Life, incoming: &mut Incoming) -> Result<bool, Error> {
+        let mut any = false;
         // The peer may answer without end what was never asked.
-        while !self.is_closed()
-            && let Some([ack]) = incoming.acks.pop()?
-        {
-            any = true;
-            let (sequence, landed) = (ack >> 1, ack & 1 == 1);
-            // An answer to what was never asked is passed over.
-            // Not in the condition below: whoever submits holds the life's lock and waits for this one.
-            let bytes = lock(&self.out).unsettled.remove(&sequence);
-            if let Some(bytes) = bytes {
-                settled += bytes;
-                self.load.fetch_sub(bytes, Ordering::Relaxed);
-                node.settle_quietly(life, self, sequence, landed);
+        while !self.is_closed() {
+            let Incoming { acks, fates, .. } = incoming;
+            fates.clear();
+            while fates.len() < ANSWERS
+                && let Some([ack]) = acks.pop()?
+            {
+                fates.push((ack >> 1, ack & 1 == 1));
             }
+            if fates.is_empty() {
+                break;
+            }
+            // Answers to what was never asked are passed over.
+            let settled = node.settle_quietly(life, self, fates);
+            self.load.fetch_sub(settled.bytes(), Ordering::Relaxed);
+            self.unsettled.fetch_sub(settled.writes(), Ordering::Relaxed);
+            any |= settled.writes() > 0;
         }
         if any {
             node.wake();
         }
-        Ok(settled)
+        Ok(any)
     }
 
     /// Announces what waits for room.
@@ -558,27 +586,24 @@ impl ShmLane {
     fn announce(&self, out: &mut Outgoing, job: &Job) -> Result<(), Error> {
         let source = &job.write.source;
         let memory = source.region();
-        let serial = match out.given.get(&(memory.base() as usize)) {
-            Some((serial, _)) => *serial,
-            None => {
-                let serial = out.given.len() as u32;
-                let cannot = || Error::System("a write comes from memory that cannot be shared".into());
-                let (message, file) = match self.way.hand_over(memory, serial)? {
-                    Some(message) => (message, None),
-                    None => {
-                        let file = memory.file().ok_or_else(cannot)?;
-                        (Message::Region { serial, len: memory.len() as u64 }, Some(file))
-                    }
-                };
-                if out.given.len() >= MAX_REGIONS {
-                    return Err(cannot());
+        let number = out.given.iter().position(|given| Arc::ptr_eq(given, memory)).unwrap_or(out.given.len());
+        if number == out.given.len() {
+            let cannot = || Error::System("a write comes from memory that cannot be shared".into());
+            let serial = number as u32;
+            let (message, file) = match self.way.hand_over(memory, serial)? {
+                Some(message) => (message, None),
+                None => {
+                    let file = memory.file().ok_or_else(cannot)?;
+                    (Message::Region { serial, len: memory.len() as u64 }, Some(file))
                 }
-                self.socket.send(&message, file, false)?;
-                out.given.insert(memory.base() as usize, (serial, Arc::clone(memory)));
-                serial
+            };
+            if number >= MAX_REGIONS {
+                return Err(cannot());
             }
-        };
-        let announced = Announced { header: job.header(), region: serial, at: source.offset() as u64 };
+            self.socket.send(&message, file, false)?;
+            out.given.push(Arc::clone(memory));
+        }
+        let announced = Announced { header: job.header(), region: number as u32, at: source.offset() as u64 };
         out.jobs.push(&announced.encode());
         Ok(())
     }
@@ -727,10 +752,9 @@ impl Lane for ShmLane {
     }
 
     fn push(&self, job: Job) {
-        let bytes = job.write.source.len() as u64 + 1;
-        self.load.fetch_add(bytes, Ordering::Relaxed);
+        self.load.fetch_add(job.write.source.len() as u64, Ordering::Relaxed);
+        self.unsettled.fetch_add(1, Ordering::Relaxed);
         let mut out = lock(&self.out);
-        out.unsettled.insert(job.sequence, bytes);
         if !out.waiting.is_empty() || !out.jobs.has_room().unwrap_or(false) {
             // The peer answers what fills the queue, and then this is announced.
             out.waiting.push_back(job);

@@ -74,19 +74,28 @@ pub(super) struct Producer<const WORDS: usize> {
     head: Word,
     tail: Word,
     next: u64,
+    /// The consumer's position, when it was read last.
+    taken: u64,
 }
+
+/// Items after which a producer reads the consumer's position again although there is room: each time, the line comes
+/// from the other core.
+const LOOK_EVERY: u64 = 16;
 
 impl<const WORDS: usize> Producer<WORDS> {
     fn new(ring: Ring<WORDS>) -> Producer<WORDS> {
-        Producer { head: ring.word(0), tail: ring.word(LINE), ring, next: 0 }
+        Producer { head: ring.word(0), tail: ring.word(LINE), ring, next: 0, taken: 0 }
     }
 
-    pub(super) fn has_room(&self) -> Result<bool, Garbled> {
-        let taken = self.tail.get().load(Ordering::Acquire);
-        match self.next.checked_sub(taken) {
-            Some(waiting) if waiting <= self.ring.slots => Ok(waiting < self.ring.slots),
-            _ => Err(Garbled),
+    pub(super) fn has_room(&mut self) -> Result<bool, Garbled> {
+        if self.next.is_multiple_of(LOOK_EVERY) || self.next - self.taken == self.ring.slots {
+            let taken = self.tail.get().load(Ordering::Acquire);
+            if self.next.checked_sub(taken).is_none_or(|waiting| waiting > self.ring.slots) {
+                return Err(Garbled);
+            }
+            self.taken = taken;
         }
+        Ok(self.next - self.taken < self.ring.slots)
     }
 
     /// Adds an item, for which there is room.
@@ -105,11 +114,13 @@ pub(super) struct Consumer<const WORDS: usize> {
     head: Word,
     tail: Word,
     next: u64,
+    /// The producer's position, when it was read last.
+    written: u64,
 }
 
 impl<const WORDS: usize> Consumer<WORDS> {
     fn new(ring: Ring<WORDS>) -> Consumer<WORDS> {
-        Consumer { head: ring.word(0), tail: ring.word(LINE), ring, next: 0 }
+        Consumer { head: ring.word(0), tail: ring.word(LINE), ring, next: 0, written: 0 }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -117,18 +128,21 @@ impl<const WORDS: usize> Consumer<WORDS> {
     }
 
     pub(super) fn pop(&mut self) -> Result<Option<[u64; WORDS]>, Garbled> {
-        let written = self.head.get().load(Ordering::Acquire);
-        match written.checked_sub(self.next) {
-            Some(0) => Ok(None),
-            Some(waiting) if waiting <= self.ring.slots => {
-                let slot = self.ring.slot(self.next);
-                let item = std::array::from_fn(|i| slot[i].load(Ordering::Relaxed));
-                self.next += 1;
-                self.tail.get().store(self.next, Ordering::Release);
-                Ok(Some(item))
+        if self.written == self.next {
+            let written = self.head.get().load(Ordering::Acquire);
+            if written.checked_sub(self.next).is_none_or(|waiting| waiting > self.ring.slots) {
+                return Err(Garbled);
             }
-            _ => Err(Garbled),
+            self.written = written;
+            if written == self.next {
+                return Ok(None);
+            }
         }
+        let slot = self.ring.slot(self.next);
+        let item = std::array::from_fn(|i| slot[i].load(Ordering::Relaxed));
+        self.next += 1;
+        self.tail.get().store(self.next, Ordering::Release);
+        Ok(Some(item))
     }
 }
 
@@ -306,7 +320,7 @@ mod tests {
 
     #[test]
     fn impossible_positions_are_noticed() {
-        let (memory, a, mut b) = pair();
+        let (memory, mut a, mut b) = pair();
         for position in [JOB_SLOTS + 1, u64::MAX, 1 << 63] {
             Word { memory: Arc::clone(&memory), at: JOBS_AT }.get().store(position, Ordering::Release);
             assert!(b.jobs_in.pop().is_err());

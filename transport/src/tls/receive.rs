@@ -159,12 +159,14 @@ impl Opened {
                 if body == 0 { self.end(at) } else { Ok(()) }
             }
             Frame::Acks(encoded) => {
+                let mut fates = Vec::new();
                 for ack in acks(encoded) {
                     let Ack { sequence, landed } =
                         ack.ok_or(TlsError::Rule("it sent an acknowledgement that is none"))?;
                     at.lane.answered(sequence)?;
-                    at.node.settle_quietly(at.life, at.lane, sequence, landed);
+                    fates.push((sequence, landed));
                 }
+                at.node.settle_quietly(at.life, at.lane, &fates);
                 Ok(())
             }
             Frame::Stop(sequence) => {

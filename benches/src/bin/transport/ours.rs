@@ -126,18 +126,19 @@ impl Node {
     }
 
     fn next(&mut self) -> anyhow::Result<Event> {
+        // The clock is not asked for each of many.
+        if let Some(event) = self.events.pop() {
+            return Ok(event);
+        }
         let until = Instant::now() + PATIENCE;
         loop {
+            self.transport.poll(&mut self.events);
             if let Some(event) = self.events.pop() {
                 return Ok(event);
             }
-            self.transport.poll(&mut self.events);
-            if self.events.is_empty() {
-                let left = until.saturating_duration_since(Instant::now());
-                ensure!(!left.is_zero(), "nothing happened for {PATIENCE:?}");
-                std::thread::park_timeout(left);
-                self.transport.poll(&mut self.events);
-            }
+            let left = until.saturating_duration_since(Instant::now());
+            ensure!(!left.is_zero(), "nothing happened for {PATIENCE:?}");
+            std::thread::park_timeout(left);
         }
     }
 
