@@ -1,10 +1,10 @@
 //! KV on its way in: landing slots, their windows, and the messages that go with them.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use tandem_kernels::{Converted, Kernels, PackError, Ticket};
+use tandem_kernels::{Kernels, PackError, Ticket};
 use tandem_memory::{Extent, HostRegion};
-use tandem_node::{CONVERSION_POLL_US, Clock, Cluster, Inbox, NodeEvent, RouterLink};
+use tandem_node::{Clock, Cluster, Conversions, Inbox, NodeEvent, RouterLink};
 use tandem_proto::handoff::{Receiver, ReceiverAction, ReceiverConfig, ReceiverStats};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
@@ -34,10 +34,8 @@ pub struct Inbound<K: Kernels> {
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
-    kernels: K,
     /// Layers that are being scattered.
-    scattering: HashMap<Ticket, (LeaseToken, LayerIdx)>,
-    next_ticket: u64,
+    scattering: Conversions<K, (LeaseToken, LayerIdx)>,
     receiver: Receiver,
     shape: KvShape,
     landing: Arc<HostRegion>,
@@ -50,10 +48,7 @@ pub struct Inbound<K: Kernels> {
     pub(crate) arrived: VecDeque<Arrival>,
     /// It must finish now.
     pub(crate) stopped: bool,
-    /// Why no more can be scattered.
-    failed: Option<K::Error>,
     events: Vec<Event>,
-    converted: Vec<Converted>,
 }
 
 /// Landing memory taken from the system at the start. The slot freed last is used first, so more is touched only
@@ -95,9 +90,7 @@ impl<K: Kernels> Inbound<K> {
             cluster,
             inbox,
             transport,
-            kernels,
-            scattering: HashMap::new(),
-            next_ticket: 0,
+            scattering: Conversions::new(kernels),
             receiver: Receiver::new(shape, config),
             shape,
             landing,
@@ -108,9 +101,7 @@ impl<K: Kernels> Inbound<K> {
             router: RouterLink::default(),
             arrived: VecDeque::new(),
             stopped: false,
-            failed: None,
             events: Vec::new(),
-            converted: Vec::new(),
         })
     }
 
@@ -137,8 +128,7 @@ impl<K: Kernels> Inbound<K> {
 
     /// Why the node cannot go on, if it cannot.
     pub(crate) fn failed(self) -> anyhow::Result<()> {
-        self.failed
-            .map_or(Ok(()), |error| Err(anyhow::Error::new(error).context("layers cannot be scattered")))
+        self.scattering.result()
     }
 
     /// Waits for something to happen, until the deadline.
@@ -150,8 +140,7 @@ impl<K: Kernels> Inbound<K> {
     /// When a turn has something to do next if nothing happens.
     pub(crate) fn next_deadline(&self) -> Option<Time> {
         let now = self.clock.now();
-        let scattering = (!self.scattering.is_empty()).then(|| now.after_us(CONVERSION_POLL_US));
-        let others = self.router.next_flush(now).into_iter().chain(scattering);
+        let others = self.router.next_flush(now).into_iter().chain(self.scattering.next_poll(now));
         self.receiver.next_timeout().into_iter().chain(others).min()
     }
 
@@ -190,7 +179,7 @@ impl<K: Kernels> Inbound<K> {
 
     /// Layers that are being scattered.
     pub(crate) fn scattering(&self) -> usize {
-        self.scattering.len()
+        self.scattering.under_way()
     }
 
     /// Handoffs that are not over.
@@ -363,29 +352,19 @@ impl<K: Kernels> Inbound<K> {
             .expect("slots lie inside the landing region");
         let pages = &landing.pages[self.shape.chunk_pages(chunk, landing.tokens)];
         let landed = Landed { layer, tokens, extent };
-        let ticket = Ticket(self.next_ticket);
-        self.next_ticket += 1;
-        match begin_to_scatter(&mut self.kernels, ticket, kv, pages, &landed) {
-            Ok(()) => drop(self.scattering.insert(ticket, (token, layer))),
-            Err(error) => self.receiver.not_scattered(now, token, &error.to_string()),
+        let begun = self
+            .scattering
+            .begin((token, layer), |kernels, ticket| begin_to_scatter(kernels, ticket, kv, pages, &landed));
+        if let Err((_, error)) = begun {
+            self.receiver.not_scattered(now, token, &error.to_string());
         }
     }
 
     /// Tells the receiver what is in the pages.
     fn take_scattered(&mut self) {
-        let mut converted = std::mem::take(&mut self.converted);
-        if let Err(error) = self.kernels.poll(&mut converted) {
-            tracing::error!(%error, "layers cannot be scattered; stopping");
-            self.failed = Some(error);
-            self.stopped = true;
-        }
-        let now = self.clock.now();
-        for Converted { ticket, checksum } in converted.drain(..) {
-            if let Some((token, layer)) = self.scattering.remove(&ticket) {
-                self.receiver.scattered(now, token, layer, checksum);
-            }
-        }
-        self.converted = converted;
+        let (now, receiver) = (self.clock.now(), &mut self.receiver);
+        let over = |(token, layer), checksum| receiver.scattered(now, token, layer, checksum);
+        self.stopped |= !self.scattering.poll(over);
     }
 
     fn tell(&mut self, to: NodeId, handoff: Handoff) {

@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use tandem_proto::ids::TokenId;
 use tandem_proto::layout::MAX_LAYERS;
+use tandem_proto::layout::{KvDtype, KvShape};
 
 /// The families of models. Their differences are in [`Config`]; the rest of the engine knows no family.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -68,6 +69,25 @@ impl Config {
         let generation = if path.is_file() { read_json(&path)? } else { Map::new() };
         let tokens = SpecialTokens::read(&Settings::new(&generation), &settings, config.vocab_size)?;
         Ok((config, tokens))
+    }
+
+    /// The shape of its keys and values, stored as `dtype`.
+    pub(crate) fn kv_shape(
+        &self,
+        dtype: KvDtype,
+        page_tokens: u32,
+        chunk_tokens: u32,
+    ) -> Result<KvShape, LoadError> {
+        let kv = KvShape {
+            layers: self.layers as u32,
+            kv_heads: self.kv_heads as u32,
+            head_dim: self.head_dim as u32,
+            page_tokens,
+            chunk_tokens,
+            dtype,
+        };
+        kv.validate().map_err(|e| LoadError::field("KV shape", format_args!("{kv:?}"), e))?;
+        Ok(kv)
     }
 
     fn from_settings(config: &Settings<'_>) -> Result<Config, LoadError> {

@@ -10,7 +10,7 @@ use std::path::Path;
 use tandem_kernels::KvPages;
 use tandem_kernels::cpu::{self, Cpu, Matrix, MatrixPart, RopeTable, Rows, read_f32};
 use tandem_proto::ids::{LayerIdx, TokenId};
-use tandem_proto::layout::{KvDtype, KvShape};
+use tandem_proto::layout::KvDtype;
 
 /// How a model is loaded.
 #[derive(Clone, Copy, Debug)]
@@ -60,15 +60,7 @@ impl CpuEngine {
     pub fn load(dir: &Path, options: LoadOptions) -> Result<CpuEngine, LoadError> {
         let begun = std::time::Instant::now();
         let (config, special) = Config::read(dir)?;
-        let kv = KvShape {
-            layers: config.layers as u32,
-            kv_heads: config.kv_heads as u32,
-            head_dim: config.head_dim as u32,
-            page_tokens: options.page_tokens,
-            chunk_tokens: options.chunk_tokens,
-            dtype: options.kv_dtype,
-        };
-        kv.validate().map_err(|e| LoadError::field("KV shape", format_args!("{kv:?}"), e))?;
+        let kv = config.kv_shape(options.kv_dtype, options.page_tokens, options.chunk_tokens)?;
         let weights = match options.format {
             LoadFormat::Files => Weights::open(dir)?,
             LoadFormat::Dummy => Weights::dummies_in_memory(&config),

@@ -15,7 +15,7 @@ use tandem_kernels::cuda::{
 };
 use tandem_memory::cuda::Device;
 use tandem_proto::ids::{LayerIdx, TokenId};
-use tandem_proto::layout::{KvDtype, KvShape};
+use tandem_proto::layout::KvDtype;
 
 /// Sizes of decode batches that are recorded as graphs; a batch is filled up to the next one.
 const GRAPH_ROWS: [usize; 16] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
@@ -99,15 +99,7 @@ impl CudaEngine {
                 Dtype::Bf16 => KvDtype::Bf16,
             },
         };
-        let kv = KvShape {
-            layers: config.layers as u32,
-            kv_heads: config.kv_heads as u32,
-            head_dim: config.head_dim as u32,
-            page_tokens: options.page_tokens,
-            chunk_tokens: options.chunk_tokens,
-            dtype,
-        };
-        kv.validate().map_err(|e| LoadError::field("KV shape", format_args!("{kv:?}"), e))?;
+        let kv = config.kv_shape(dtype, options.page_tokens, options.chunk_tokens)?;
         let page_tokens = options.page_tokens as usize;
         let mut backend = CudaBackend { compute: Compute::open(device, dtype.into())?, page_tokens };
         let model = Model::load(&mut backend, &config, &weights);

@@ -7,24 +7,12 @@ mod models;
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tandem_engine::single::{GenRequest, SingleProcess};
-use tandem_engine::{CpuEngine, CudaEngine, CudaOptions, Engine, LoadOptions, Progress, Sequence};
+use tandem_engine::single::SingleProcess;
+use tandem_engine::{CpuEngine, CudaEngine, CudaOptions, Engine, LoadOptions, Sequence};
 use tandem_kernels::cuda::KvDevicePages;
-use tandem_memory::cuda::{CudaError, Device};
-use tandem_proto::ids::{ChoiceIdx, LayerIdx, PageId, TokenId};
+use tandem_memory::cuda::Device;
+use tandem_proto::ids::{PageId, TokenId};
 use tandem_proto::layout::KvDtype;
-use tandem_proto::wire::SamplingParams;
-
-fn device() -> Option<Arc<Device>> {
-    match Device::open(0) {
-        Ok(device) => Some(device),
-        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-            println!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
 
 const FIXTURES: [&str; 9] = [
     "llama-bias",
@@ -52,29 +40,10 @@ fn f32_options() -> CudaOptions {
     CudaOptions { dtype: Some(KvDtype::F32), ..CudaOptions::default() }
 }
 
-/// The logits after the last of `tokens`, computed in steps of `chunk` tokens.
+/// As [`models::last_logits`].
 fn last_logits(engine: &mut CudaEngine, device: &Arc<Device>, tokens: &[TokenId], chunk: usize) -> Vec<f32> {
-    let needed = engine.info().kv.pages(tokens.len() as u32);
-    let mut kv = KvDevicePages::new(device, engine.info().kv, needed + 13).expect("pages");
-    let table = models::pages(needed + 13, 5, needed);
-    let mut last = Vec::new();
-    let mut start = 0;
-    for part in tokens.chunks(chunk) {
-        let end = start + part.len();
-        let sequence =
-            Sequence { tokens: part, start: start as u32, pages: &table, logits: end == tokens.len() };
-        let mut layers = Vec::new();
-        let mut tell = |progress, _: &KvDevicePages| {
-            if let Progress::Layer(layer) = progress {
-                layers.push(layer);
-            }
-        };
-        let logits = engine.step(&[sequence], &mut kv, &mut tell).expect("a step");
-        assert_eq!(layers, (0..engine.info().kv.layers).map(LayerIdx).collect::<Vec<_>>());
-        last = logits.rows().flatten().copied().collect();
-        start = end;
-    }
-    last
+    let kv = |shape, pages| KvDevicePages::new(device, shape, pages).expect("pages");
+    models::last_logits_of(engine, kv, tokens, chunk)
 }
 
 /// How far apart vectors are, by their length.
@@ -95,7 +64,7 @@ fn prompt(seed: u32, len: usize, vocab_size: u32) -> Vec<TokenId> {
 
 /// Logits and greedy continuations in single precision, against transformers.
 fn golden(name: &str) {
-    let (Some(device), Some(dir)) = (device(), models::find(name)) else { return };
+    let (Some(device), Some(dir)) = (Device::open_or_skip(0), models::find(name)) else { return };
     let cases = models::golden(&dir);
     let mut engine = load(&dir, &device, f32_options());
     let mut worst = 0.0f64;
@@ -114,16 +83,7 @@ fn golden(name: &str) {
     let eos = engine.info().eos.clone();
     let kv = KvDevicePages::new(&device, engine.info().kv, 1000).unwrap();
     let mut single = SingleProcess::new(engine, kv, 256);
-    let requests: Vec<GenRequest> = cases
-        .iter()
-        .map(|case| GenRequest {
-            prompt: models::tokens(&case["input_ids"]),
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            choice: ChoiceIdx(0),
-            max_tokens: case["greedy_ids"].as_array().unwrap().len() as u32,
-            stop_tokens: eos.clone(),
-        })
-        .collect();
+    let requests = models::greedy(&cases, &eos);
     let results = single.generate(&requests).unwrap();
     let differ: Vec<String> = cases
         .iter()
@@ -151,7 +111,7 @@ fn small_agrees_with_transformers() {
 
 #[test]
 fn every_family_agrees_with_transformers() {
-    let Some(device) = device() else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let mut wrong = Vec::new();
     for name in FIXTURES {
         let dir = fixture(name);
@@ -254,7 +214,7 @@ fn half_precision(dir: &Path, device: &Arc<Device>, stored: Dtype, dtype: KvDtyp
 /// times was seen, since the worst of a few prompts varies.
 #[test]
 fn half_precision_agrees_with_the_cpu() {
-    let Some(device) = device() else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let trained = [Some(models::find("tiny").expect("models/tiny")), models::find("small")];
     let trained = trained.into_iter().flatten().map(|dir| (dir, true));
     let mut wrong = Vec::new();
@@ -276,7 +236,7 @@ fn half_precision_agrees_with_the_cpu() {
 /// Decode steps of growing batches, recorded as graphs and not, prefill between them.
 #[test]
 fn graphs_change_nothing() {
-    let Some(device) = device() else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let dir = models::find("tiny").expect("models/tiny");
     let run = |graphs: bool| {
         let options = CudaOptions { dtype: Some(KvDtype::Bf16), graphs, ..CudaOptions::default() };
@@ -318,7 +278,7 @@ fn graphs_change_nothing() {
 
 #[test]
 fn bad_steps_are_refused() {
-    let Some(device) = device() else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let mut engine = load(&models::find("tiny").expect("models/tiny"), &device, f32_options());
     let mut kv = KvDevicePages::new(&device, engine.info().kv, 4).unwrap();
     let outside = [PageId(9)];

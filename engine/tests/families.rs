@@ -5,10 +5,9 @@ mod folders;
 mod models;
 
 use tandem_engine::Engine;
-use tandem_engine::single::{GenRequest, SingleProcess};
+use tandem_engine::single::SingleProcess;
 use tandem_kernels::KvPages;
-use tandem_proto::ids::{ChoiceIdx, TokenId};
-use tandem_proto::wire::SamplingParams;
+use tandem_proto::ids::TokenId;
 
 #[test]
 fn all_agree_with_transformers() {
@@ -46,16 +45,7 @@ fn check(dir: &std::path::Path) {
         }
     }
     println!("{name}: logits differ by {worst:.1e} at most");
-    let requests: Vec<GenRequest> = cases
-        .iter()
-        .map(|case| GenRequest {
-            prompt: models::tokens(&case["input_ids"]),
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            choice: ChoiceIdx(0),
-            max_tokens: case["greedy_ids"].as_array().unwrap().len() as u32,
-            stop_tokens: Vec::new(),
-        })
-        .collect();
+    let requests = models::greedy(&cases, &[]);
     let kv = KvPages::new(engine.info().kv, 40).unwrap();
     let results = SingleProcess::new(engine, kv, 32).generate(&requests).unwrap();
     for (case, result) in cases.iter().zip(results) {

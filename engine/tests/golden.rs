@@ -3,10 +3,9 @@
 mod models;
 
 use tandem_engine::Engine;
-use tandem_engine::single::{GenRequest, SingleProcess};
+use tandem_engine::single::SingleProcess;
 use tandem_kernels::KvPages;
-use tandem_proto::ids::{ChoiceIdx, TokenId};
-use tandem_proto::wire::SamplingParams;
+use tandem_proto::ids::TokenId;
 
 fn check(name: &str) {
     let Some(dir) = models::find(name) else { return };
@@ -29,16 +28,7 @@ fn check(name: &str) {
     let eos = engine.info().eos.clone();
     let kv = KvPages::new(engine.info().kv, 1000).unwrap();
     let mut single = SingleProcess::new(engine, kv, 256);
-    let requests: Vec<GenRequest> = cases
-        .iter()
-        .map(|case| GenRequest {
-            prompt: models::tokens(&case["input_ids"]),
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            choice: ChoiceIdx(0),
-            max_tokens: case["greedy_ids"].as_array().unwrap().len() as u32,
-            stop_tokens: eos.clone(),
-        })
-        .collect();
+    let requests = models::greedy(&cases, &eos);
     let results = single.generate(&requests).unwrap();
     for (case, result) in cases.iter().zip(results) {
         let got: Vec<TokenId> = result.tokens.iter().map(|s| s.token).collect();

@@ -6,16 +6,21 @@ use tandem_memory::Extent;
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::{KvDtype, KvShape};
 
-/// How the contract sees an implementation's pages.
-pub trait UnderTest: Kernels {
+/// An implementation, and how the contract sees its pages.
+pub trait UnderTest {
+    /// The implementation.
+    type Kernels: Kernels;
+
+    /// The implementation.
+    fn kernels(&mut self) -> &mut Self::Kernels;
     /// Makes a pool of zeros.
-    fn pool(&self, shape: KvShape, pages: u32) -> Self::Pages;
+    fn pool(&self, shape: KvShape, pages: u32) -> Pages<Self>;
     /// Reads all rows of one head's keys or values in a page.
-    fn read(&self, kv: &Self::Pages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8>;
+    fn read(&self, kv: &Pages<Self>, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> Vec<u8>;
     /// Writes all rows of one head's keys or values in a page.
     fn write(
         &self,
-        kv: &mut Self::Pages,
+        kv: &mut Pages<Self>,
         layer: LayerIdx,
         page: PageId,
         kv_head: u32,
@@ -28,7 +33,15 @@ pub trait UnderTest: Kernels {
     fn fill(&self, extent: &Extent, bytes: &[u8]);
 }
 
+/// The pages of what is tested.
+pub type Pages<U> = <<U as UnderTest>::Kernels as Kernels>::Pages;
+
 impl UnderTest for CpuKernels {
+    type Kernels = CpuKernels;
+
+    fn kernels(&mut self) -> &mut CpuKernels {
+        self
+    }
     fn pool(&self, shape: KvShape, pages: u32) -> KvPages {
         KvPages::new(shape, pages).expect("a small pool")
     }
@@ -52,12 +65,12 @@ impl UnderTest for CpuKernels {
 ///
 /// # Panics
 /// When the implementation breaks it; the message names seed and round.
-pub fn check<K: UnderTest>(kernels: &mut K, seed: u64, rounds: u32) {
+pub fn check<U: UnderTest>(tested: &mut U, seed: u64, rounds: u32) {
     let mut random = Random(seed);
     for round in 0..rounds {
         let shape = random_shape(&mut random);
         let case = format!("seed {seed}, round {round}, {shape:?}");
-        check_shape(kernels, shape, &mut random, &case);
+        check_shape(tested, shape, &mut random, &case);
     }
 }
 
@@ -92,16 +105,16 @@ fn random_shape(random: &mut Random) -> KvShape {
 }
 
 /// Random bytes through random pages, several layers at once, and every refusal, for one shape.
-fn check_shape<K: UnderTest>(kernels: &mut K, shape: KvShape, random: &mut Random, case: &str) {
+fn check_shape<U: UnderTest>(tested: &mut U, shape: KvShape, random: &mut Random, case: &str) {
     let pool = shape.chunk_tokens / shape.page_tokens * 2 + 1;
-    let mut source = kernels.pool(shape, pool);
-    let mut target = kernels.pool(shape, pool);
+    let mut source = tested.pool(shape, pool);
+    let mut target = tested.pool(shape, pool);
     let head_bytes = shape.page_tokens as usize * shape.row_bytes();
     for layer in 0..shape.layers {
         for page in 0..pool {
             for part in 0..2 * shape.kv_heads {
                 let rows = random.bytes(head_bytes);
-                kernels.write(&mut source, LayerIdx(layer), PageId(page), part / 2, part % 2 == 1, &rows);
+                tested.write(&mut source, LayerIdx(layer), PageId(page), part / 2, part % 2 == 1, &rows);
             }
         }
     }
@@ -109,7 +122,7 @@ fn check_shape<K: UnderTest>(kernels: &mut K, shape: KvShape, random: &mut Rando
     let needed = shape.pages(tokens) as usize;
     let (from, to) = (random.pages(pool, needed), random.pages(pool, needed));
     let len = tokens as usize * shape.layer_token_bytes();
-    let memory = kernels.memory(len * shape.layers as usize).expect(case);
+    let memory = tested.kernels().memory(len * shape.layers as usize).expect(case);
     let layers = || (0..shape.layers).map(LayerIdx);
     let extent = |layer: LayerIdx| {
         memory.extent(layer.0 as usize * len..(layer.0 as usize + 1) * len).expect("in the memory")
@@ -117,22 +130,26 @@ fn check_shape<K: UnderTest>(kernels: &mut K, shape: KvShape, random: &mut Rando
     for layer in layers() {
         // SAFETY: nobody uses the memory before all is over.
         unsafe {
-            kernels.pack(Ticket(layer.0.into()), &source, layer, &from, tokens, &extent(layer)).expect(case);
+            tested
+                .kernels()
+                .pack(Ticket(layer.0.into()), &source, layer, &from, tokens, &extent(layer))
+                .expect(case);
         }
     }
-    let sent = finish(kernels, shape.layers as usize, case);
+    let sent = finish(tested.kernels(), shape.layers as usize, case);
     for layer in layers() {
         // SAFETY: as above.
         unsafe {
-            kernels
+            tested
+                .kernels()
                 .scatter(Ticket(layer.0.into()), &mut target, layer, &to, tokens, &extent(layer))
                 .expect(case);
         }
     }
-    let received = finish(kernels, shape.layers as usize, case);
+    let received = finish(tested.kernels(), shape.layers as usize, case);
     assert_eq!(received, sent, "{case}: the checksums of scatter and of pack");
     for layer in layers() {
-        let packed = kernels.packed(&extent(layer));
+        let packed = tested.packed(&extent(layer));
         assert_eq!(sent[layer.0 as usize], checksum(&packed), "{case}: pack's checksum");
         for part in 0..2 * shape.kv_heads {
             let (head, value) = (part / 2, part % 2 == 1);
@@ -140,21 +157,21 @@ fn check_shape<K: UnderTest>(kernels: &mut K, shape: KvShape, random: &mut Rando
             for token in 0..tokens as usize {
                 let (page, row) = (token / shape.page_tokens as usize, token % shape.page_tokens as usize);
                 let row = row * shape.row_bytes()..(row + 1) * shape.row_bytes();
-                let want = &kernels.read(&source, layer, from[page], head, value)[row.clone()];
+                let want = &tested.read(&source, layer, from[page], head, value)[row.clone()];
                 assert_eq!(&packed[at + token * want.len()..][..want.len()], want, "{case}: packed row");
-                let landed = &kernels.read(&target, layer, to[page], head, value)[row];
+                let landed = &tested.read(&target, layer, to[page], head, value)[row];
                 assert_eq!(landed, want, "{case}: scattered row");
             }
         }
     }
-    check_untouched(kernels, &target, &shape, &to, tokens, case);
-    check_refusals(kernels, &mut target, shape, tokens, &to, case);
+    check_untouched(tested, &target, &shape, &to, tokens, case);
+    check_refusals(tested, &mut target, shape, tokens, &to, case);
 }
 
 /// What no token was scattered to still holds the zeros it began with.
-fn check_untouched<K: UnderTest>(
-    kernels: &K,
-    pages: &K::Pages,
+fn check_untouched<U: UnderTest>(
+    tested: &U,
+    pages: &Pages<U>,
     shape: &KvShape,
     used: &[PageId],
     tokens: u32,
@@ -167,34 +184,36 @@ fn check_untouched<K: UnderTest>(
         });
         for layer in 0..shape.layers {
             for part in 0..2 * shape.kv_heads {
-                let rows = kernels.read(pages, LayerIdx(layer), page, part / 2, part % 2 == 1);
+                let rows = tested.read(pages, LayerIdx(layer), page, part / 2, part % 2 == 1);
                 assert!(rows[filled..].iter().all(|b| *b == 0), "{case}: page {page} was overwritten");
             }
         }
     }
 }
 
-fn check_refusals<K: UnderTest>(
-    kernels: &mut K,
-    pages: &mut K::Pages,
+fn check_refusals<U: UnderTest>(
+    tested: &mut U,
+    pages: &mut Pages<U>,
     shape: KvShape,
     tokens: u32,
     table: &[PageId],
     case: &str,
 ) {
     let len = tokens as usize * shape.layer_token_bytes();
-    let memory = kernels.memory(len + 1).expect(case);
+    let memory = tested.kernels().memory(len + 1).expect(case);
     let mut refuse = |layer: u32, table: &[PageId], tokens: u32, len: usize, want: fn(&PackError) -> bool| {
         let extent = memory.extent(0..len).expect("in the memory");
-        kernels.fill(&extent, &vec![1; len]);
+        tested.fill(&extent, &vec![1; len]);
         // SAFETY: nobody else uses the memory.
-        let packed = unsafe { kernels.pack(Ticket(0), pages, LayerIdx(layer), table, tokens, &extent) };
+        let packed =
+            unsafe { tested.kernels().pack(Ticket(0), pages, LayerIdx(layer), table, tokens, &extent) };
         assert!(packed.as_ref().is_err_and(want), "{case}: pack gave {packed:?}");
         // SAFETY: as above.
-        let scattered = unsafe { kernels.scatter(Ticket(0), pages, LayerIdx(layer), table, tokens, &extent) };
+        let scattered =
+            unsafe { tested.kernels().scatter(Ticket(0), pages, LayerIdx(layer), table, tokens, &extent) };
         assert!(scattered.as_ref().is_err_and(want), "{case}: scatter gave {scattered:?}");
-        assert_eq!(kernels.under_way(), 0, "{case}: what was refused was begun");
-        assert!(kernels.packed(&extent).iter().all(|b| *b == 1), "{case}: a refused pack wrote");
+        assert_eq!(tested.kernels().under_way(), 0, "{case}: what was refused was begun");
+        assert!(tested.packed(&extent).iter().all(|b| *b == 1), "{case}: a refused pack wrote");
     };
     refuse(shape.layers, table, tokens, len, |e| matches!(e, PackError::NoSuchLayer { .. }));
     refuse(0, table, 0, len, |e| matches!(e, PackError::Tokens { .. }));
@@ -208,30 +227,44 @@ fn check_refusals<K: UnderTest>(
         let twice = vec![table[0]; table.len()];
         let extent = memory.extent(0..len).expect("in the memory");
         // SAFETY: nobody else uses the memory.
-        let scattered = unsafe { kernels.scatter(Ticket(0), pages, LayerIdx(0), &twice, tokens, &extent) };
+        let scattered =
+            unsafe { tested.kernels().scatter(Ticket(0), pages, LayerIdx(0), &twice, tokens, &extent) };
         assert!(matches!(scattered, Err(PackError::PageTwice { .. })), "{case}: scatter gave {scattered:?}");
     }
 }
 
-/// SplitMix64: the contract draws its own cases, so that backends need no test crate.
-struct Random(u64);
+/// SplitMix64: the contract and those who test beside it draw their own cases, so that backends need no test crate.
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    /// The next 64 bits.
+    #[allow(clippy::should_implement_trait)] // It never ends, and is no iterator.
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     }
-    fn below(&mut self, end: u32) -> u32 {
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: u32) -> u32 {
         (self.next() % u64::from(end)) as u32
     }
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.next() as u8).collect()
+    /// One of these.
+    pub fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u32) as usize]
+    }
+    /// Bytes.
+    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes: Vec<u8> = Vec::with_capacity(len + 8);
+        while bytes.len() < len {
+            bytes.extend(self.next().to_le_bytes());
+        }
+        bytes.truncate(len);
+        bytes
     }
     /// `count` distinct pages of a pool.
-    fn pages(&mut self, pool: u32, count: usize) -> Vec<PageId> {
+    pub fn pages(&mut self, pool: u32, count: usize) -> Vec<PageId> {
         let mut pages: Vec<PageId> = (0..pool).map(PageId).collect();
         for i in (1..pages.len()).rev() {
             pages.swap(i, self.below(i as u32 + 1) as usize);

@@ -2,45 +2,21 @@
 //! and passes. `TANDEM_SEED=N` plays other cases, `TANDEM_CASES=N` so many.
 
 use std::sync::Arc;
+use tandem_kernels::contract::Random;
 use tandem_kernels::cpu::{Dtype, Heads, Span};
 use tandem_kernels::cuda::{Compute, KvDevicePages, Source, Turn};
-use tandem_memory::cuda::{CudaError, Device};
+use tandem_memory::cuda::Device;
 use tandem_proto::ids::{LayerIdx, PageId, TokenId};
 use tandem_proto::layout::{KvDtype, KvShape};
 
-fn device() -> Option<Arc<Device>> {
-    match Device::open(0) {
-        Ok(device) => Some(device),
-        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-            println!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
+fn below(random: &mut Random, end: usize) -> usize {
+    random.below(end as u32) as usize
 }
 
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
-    fn one<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len())]
-    }
-    /// Sums of uniform numbers: near enough to a normal distribution.
-    fn numbers(&mut self, count: usize) -> Vec<f32> {
-        let mut unit = || (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0;
-        (0..count).map(|_| unit() + unit() + unit()).collect()
-    }
+/// Sums of uniform numbers: near enough to a normal distribution.
+fn numbers(random: &mut Random, count: usize) -> Vec<f32> {
+    let mut unit = || (random.next() >> 40) as f32 / (1 << 23) as f32 - 1.0;
+    (0..count).map(|_| unit() + unit() + unit()).collect()
 }
 
 fn number(name: &str, default: u64) -> u64 {
@@ -79,15 +55,15 @@ impl Case {
             (Dtype::Bf16, KvDtype::Bf16),
         ][index % 4];
         let head_dim = random.one(&[64, 128, 128, 64, 80, 36, 256]);
-        let (group, kv_heads) = (random.one(&[1, 2, 4, 7, 8, 20]), 1 + random.below(3));
+        let (group, kv_heads) = (random.one(&[1, 2, 4, 7, 8, 20]), 1 + below(random, 3));
         let page_tokens = random.one(&[16, 16, 32, 48, 5]);
-        let window = [None, None, Some(1 + random.below(200) as u32)][random.below(3)];
-        let alone = random.below(3) == 0;
+        let window = [None, None, Some(1 + below(random, 200) as u32)][below(random, 3)];
+        let alone = below(random, 3) == 0;
         let mut sequence = || {
-            let before = [0, random.below(40), random.below(700)][random.below(3)];
+            let before = [0, below(random, 40), below(random, 700)][below(random, 3)];
             (
                 before,
-                if alone { 1 } else { [1, 1 + random.below(20), 1 + random.below(300)][random.below(3)] },
+                if alone { 1 } else { [1, 1 + below(random, 20), 1 + below(random, 300)][below(random, 3)] },
             )
         };
         let sequences = (0..1 + index % 5).map(|_| sequence()).collect();
@@ -108,7 +84,7 @@ impl Case {
                 scale: 1.0 / (head_dim as f32).sqrt(),
                 window,
             },
-            normed: random.below(3) == 0,
+            normed: below(random, 3) == 0,
             sequences,
         }
     }
@@ -140,7 +116,7 @@ impl Turned {
 
 #[test]
 fn attention_agrees_with_plain_loops() {
-    let Some(device) = device() else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let (seed, cases) = (number("TANDEM_SEED", 1), number("TANDEM_CASES", 120));
     let mut random = Random(seed);
     let mut worst: Vec<(String, f64)> = Vec::new();
@@ -178,7 +154,7 @@ fn check(device: &Arc<Device>, case: &Case, random: &mut Random) -> Result<f64, 
     let page_tokens = shape.page_tokens as usize;
     let turned = Turned {
         frequencies: (0..dim / 2).map(|i| 1e4f32.powf(-2.0 * i as f32 / dim as f32)).collect(),
-        norms: case.normed.then(|| (random.numbers(dim), random.numbers(dim))),
+        norms: case.normed.then(|| (numbers(random, dim), numbers(random, dim))),
     };
     let mut compute = Compute::open(device, *dtype).map_err(|error| error.to_string())?;
     let mut vector =
@@ -196,7 +172,7 @@ fn check(device: &Arc<Device>, case: &Case, random: &mut Random) -> Result<f64, 
     let pool = needed.iter().sum::<usize>() + 3;
     let mut ids: Vec<PageId> = (0..pool as u32).map(PageId).collect();
     for i in (1..pool).rev() {
-        ids.swap(i, random.below(i + 1));
+        ids.swap(i, below(random, i + 1));
     }
     let mut free = ids.as_slice();
     let tables: Vec<&[PageId]> =
@@ -206,7 +182,7 @@ fn check(device: &Arc<Device>, case: &Case, random: &mut Random) -> Result<f64, 
         .sequences
         .iter()
         .map(|(before, new)| {
-            random.numbers((before + new) * width).into_iter().map(|x| rounded(*dtype, x)).collect()
+            numbers(random, (before + new) * width).into_iter().map(|x| rounded(*dtype, x)).collect()
         })
         .collect();
 
@@ -298,7 +274,7 @@ fn check(device: &Arc<Device>, case: &Case, random: &mut Random) -> Result<f64, 
 /// for few rows: up to 8, and up to 16.
 #[test]
 fn rows_agree_with_plain_loops() {
-    let Some(device) = device() else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let mut random = Random(number("TANDEM_SEED", 1));
     let mut wrong = Vec::new();
     for (index, (rows, width, outputs)) in [
@@ -315,14 +291,14 @@ fn rows_agree_with_plain_loops() {
     {
         for (dtype, allowed) in [(Dtype::F32, 2e-5), (Dtype::F16, 2e-3), (Dtype::Bf16, 1.2e-2)] {
             let mut compute = Compute::open(&device, dtype).unwrap();
-            let x = random.numbers(rows * width);
-            let weight = random.numbers(width);
+            let x = numbers(&mut random, rows * width);
+            let weight = numbers(&mut random, width);
             let gate: Vec<f32> =
-                random.numbers(2 * outputs * width).iter().map(|x| rounded(dtype, x / 16.0)).collect();
-            let bias = random.numbers(outputs);
+                numbers(&mut random, 2 * outputs * width).iter().map(|x| rounded(dtype, x / 16.0)).collect();
+            let bias = numbers(&mut random, outputs);
             let down: Vec<f32> =
-                random.numbers(width * outputs).iter().map(|x| rounded(dtype, x / 16.0)).collect();
-            let shift = random.numbers(width);
+                numbers(&mut random, width * outputs).iter().map(|x| rounded(dtype, x / 16.0)).collect();
+            let shift = numbers(&mut random, width);
             let norm = compute.numbers(&[Source::Stored(&bytes(&weight), Dtype::F32)], Dtype::F32);
             let (gates, ups) = gate.split_at(outputs * width);
             let matrix = compute.matrix(

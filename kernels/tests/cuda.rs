@@ -6,12 +6,12 @@ use std::num::NonZeroU32;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tandem_kernels::contract;
+use tandem_kernels::contract::{self, Random};
 use tandem_kernels::cuda::{
     Chunk, CudaKernels, CudaPacker, DevicePages, KvDevicePages, Place, Plan, PlanError, PlanLimits, Share,
 };
-use tandem_kernels::{Converted, Kernels, Order, PackError, Paged, PagedLayout, Stored, Ticket, checksum};
-use tandem_memory::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, IpcHandle};
+use tandem_kernels::{Kernels, Order, PackError, Paged, PagedLayout, Stored, Ticket, checksum};
+use tandem_memory::cuda::{Device, DeviceExtent, DeviceRegion, IpcHandle};
 use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::{KvDtype, KvShape};
@@ -24,17 +24,9 @@ struct Gpu {
 
 impl Gpu {
     fn open(ordinal: usize) -> Option<Gpu> {
-        match Device::open(ordinal) {
-            Ok(device) => {
-                let kernels = CudaKernels::load(&device).unwrap();
-                Some(Gpu { kernels, stream: device.stream().unwrap() })
-            }
-            Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-                println!("skipped: {error}");
-                None
-            }
-            Err(error) => panic!("{error}"),
-        }
+        let device = Device::open_or_skip(ordinal)?;
+        let kernels = CudaKernels::load(&device).unwrap();
+        Some(Gpu { kernels, stream: device.stream().unwrap() })
     }
 
     fn holding(&self, bytes: &[u8]) -> DeviceExtent {
@@ -52,41 +44,6 @@ impl Gpu {
 
     fn plan(&self, limits: PlanLimits) -> Plan {
         Plan::new(&self.kernels, &self.stream, limits).unwrap()
-    }
-}
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    fn below(&mut self, end: u32) -> u32 {
-        (self.next() % u64::from(end)) as u32
-    }
-    fn one<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len() as u32) as usize]
-    }
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut bytes: Vec<u8> = Vec::with_capacity(len + 8);
-        while bytes.len() < len {
-            bytes.extend(self.next().to_le_bytes());
-        }
-        bytes.truncate(len);
-        bytes
-    }
-    /// All pages of a pool, in random order.
-    fn pages(&mut self, pool: u32) -> Vec<PageId> {
-        let mut pages: Vec<PageId> = (0..pool).map(PageId).collect();
-        for i in (1..pages.len()).rev() {
-            pages.swap(i, self.below(i as u32 + 1) as usize);
-        }
-        pages
     }
 }
 
@@ -128,7 +85,8 @@ impl Case {
         let all: u32 = tokens.iter().copied().map(needed).sum();
         let here = PagedLayout { pages: all + 3, ..here };
         let there = PagedLayout { pages: all + 1, order: random.one(&[Order::Heads, Order::Tokens]), ..here };
-        let (mut from, mut to) = (random.pages(here.pages), random.pages(there.pages));
+        let (mut from, mut to) =
+            (random.pages(here.pages, here.pages as usize), random.pages(there.pages, there.pages as usize));
         let mut take = |tokens: u32| {
             let at = needed(tokens) as usize;
             (tokens, from.drain(..at).collect(), to.drain(..at).collect())
@@ -337,45 +295,6 @@ struct Packer {
     packer: CudaPacker,
 }
 
-impl Kernels for Packer {
-    type Pages = KvDevicePages;
-    type Error = PlanError;
-
-    fn memory(&self, len: usize) -> Result<Arc<HostRegion>, PlanError> {
-        self.packer.memory(len)
-    }
-    unsafe fn pack(
-        &mut self,
-        ticket: Ticket,
-        kv: &KvDevicePages,
-        layer: LayerIdx,
-        pages: &[PageId],
-        tokens: u32,
-        out: &Extent,
-    ) -> Result<(), PackError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.packer.pack(ticket, kv, layer, pages, tokens, out) }
-    }
-    unsafe fn scatter(
-        &mut self,
-        ticket: Ticket,
-        kv: &mut KvDevicePages,
-        layer: LayerIdx,
-        pages: &[PageId],
-        tokens: u32,
-        packed: &Extent,
-    ) -> Result<(), PackError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.packer.scatter(ticket, kv, layer, pages, tokens, packed) }
-    }
-    fn poll(&mut self, done: &mut Vec<Converted>) -> Result<(), PlanError> {
-        self.packer.poll(done)
-    }
-    fn under_way(&self) -> usize {
-        self.packer.under_way()
-    }
-}
-
 fn rows(kv: &KvDevicePages, layer: LayerIdx, page: PageId, kv_head: u32, value: bool) -> DeviceExtent {
     let layout = kv.device_pages().layout();
     let start = layout.row(layer, page, kv_head, u32::from(value), 0);
@@ -384,6 +303,11 @@ fn rows(kv: &KvDevicePages, layer: LayerIdx, page: PageId, kv_head: u32, value: 
 }
 
 impl contract::UnderTest for Packer {
+    type Kernels = CudaPacker;
+
+    fn kernels(&mut self) -> &mut CudaPacker {
+        &mut self.packer
+    }
     fn pool(&self, shape: KvShape, pages: u32) -> KvDevicePages {
         KvDevicePages::new(self.gpu.kernels.device(), shape, pages).unwrap()
     }
@@ -428,7 +352,7 @@ fn packs_what_is_queued() {
     let memory = packer.memory(layer_bytes * 5 * 8).unwrap();
     let pool = random.bytes(kv.device_pages().layout().bytes());
     let ready = gpu.holding(&pool);
-    let pages = random.pages(40);
+    let pages = random.pages(40, 40);
     let chunk_of = |chunk: usize| &pages[chunk * 4..chunk * 4 + 4];
     let out = |layer: u32, chunk: usize| {
         let at = (layer as usize * 8 + chunk) * layer_bytes;

@@ -6,24 +6,13 @@ use std::sync::Arc;
 use tandem_memory::HostRegion;
 use tandem_memory::cuda::{Copies, CudaError, Device, DeviceRegion, IpcHandle, PinnedRegion};
 
-fn gpu(ordinal: usize) -> Option<Arc<Device>> {
-    match Device::open(ordinal) {
-        Ok(device) => Some(device),
-        Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-            println!("skipped: {error}");
-            None
-        }
-        Err(error) => panic!("{error}"),
-    }
-}
-
 fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|i| ((i * 31) >> 3) as u8).collect()
 }
 
 #[test]
 fn bytes_come_back() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let stream = device.stream().unwrap();
     let region = DeviceRegion::take(&device, 100_000).unwrap();
     let sent = pattern(50_000);
@@ -45,7 +34,7 @@ fn bytes_come_back() {
 
 #[test]
 fn memory_is_given_back() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let free = || device.memory().unwrap().0;
     let before = free();
     let region = DeviceRegion::take(&device, 4 << 30).unwrap();
@@ -60,7 +49,7 @@ fn memory_is_given_back() {
 
 #[test]
 fn host_memory_is_pinned_once_and_let_go() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let stream = device.stream().unwrap();
     for memory in [HostRegion::map(3 << 20).unwrap(), HostRegion::private(3 << 20).unwrap()] {
         let pinned = PinnedRegion::pin(&device, Arc::clone(&memory)).unwrap();
@@ -83,7 +72,7 @@ fn host_memory_is_pinned_once_and_let_go() {
 /// Threads of their own, as lanes have them.
 #[test]
 fn a_twin_holds_the_true_bytes() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     const LEN: usize = 5 << 20;
     let region = HostRegion::with_twin(&device, LEN).unwrap();
     assert_eq!((region.len(), region.twin().unwrap().len()), (LEN, LEN));
@@ -129,7 +118,7 @@ fn a_twin_holds_the_true_bytes() {
 /// Measured over several, as the driver keeps what it once took for a stream.
 #[test]
 fn twins_are_given_back() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     const LEN: usize = 256 << 20;
     let free = || device.memory().unwrap().0;
     let take_and_use = || {
@@ -158,7 +147,7 @@ fn twins_are_given_back() {
 /// By one launch: of many lengths and places, aligned and not, more than one launch takes.
 #[test]
 fn many_pieces_are_copied_at_once() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let stream = device.stream().unwrap();
     const LEN: usize = 40 << 20;
     let (from, to) = (DeviceRegion::take(&device, LEN).unwrap(), DeviceRegion::take(&device, LEN).unwrap());
@@ -195,7 +184,7 @@ fn many_pieces_are_copied_at_once() {
     );
     let (short, long) = (from.extent(0..10).unwrap(), to.extent(0..11).unwrap());
     assert!(engine.start_all(&[(short.clone(), long)]).is_err(), "of another length");
-    let Some(other) = gpu(1) else { return };
+    let Some(other) = Device::open_or_skip(1) else { return };
     let foreign = DeviceRegion::take(&other, 10).unwrap();
     let theirs = foreign.extent(0..10).unwrap();
     let error = engine.start_all(&[(short.clone(), theirs)]).unwrap_err();
@@ -212,7 +201,7 @@ fn many_pieces_are_copied_at_once() {
 
 #[test]
 fn a_region_is_a_dma_buf_where_that_can_be() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let region = DeviceRegion::take(&device, 5 << 20).unwrap();
     match region.dma_buf() {
         Ok(fd) => println!("dma-buf: {fd:?}"),
@@ -225,7 +214,7 @@ fn a_region_is_a_dma_buf_where_that_can_be() {
 #[test]
 #[ignore = "started by another test"]
 fn owner() {
-    let Some(device) = gpu(Device::count().unwrap() - 1) else { return };
+    let Some(device) = Device::open_or_skip(Device::count().unwrap() - 1) else { return };
     let stream = device.stream().unwrap();
     let region = DeviceRegion::take(&device, 1 << 20).unwrap();
     let extent = region.extent(0..1 << 20).unwrap();
@@ -241,7 +230,7 @@ fn owner() {
 
 #[test]
 fn another_process_uses_the_memory() {
-    let Some(device) = gpu(0) else { return };
+    let Some(device) = Device::open_or_skip(0) else { return };
     let stream = device.stream().unwrap();
     let mut owner = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "owner", "--ignored", "--nocapture"])

@@ -117,9 +117,6 @@ impl Inbox {
     }
 }
 
-/// How long a loop waits at most while layers are packed or scattered: a GPU wakes nobody when it is done.
-pub const CONVERSION_POLL_US: u64 = 50;
-
 /// What a node's loop does after a turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Next {

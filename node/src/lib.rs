@@ -12,6 +12,7 @@
 mod board;
 mod clock;
 mod cluster;
+mod conversions;
 mod device;
 mod inbox;
 mod load;
@@ -23,8 +24,9 @@ mod status;
 pub use board::{Board, Shown};
 pub use clock::{Clock, ClockHand};
 pub use cluster::{Cluster, SendError, lane};
+pub use conversions::Conversions;
 pub use device::Device;
-pub use inbox::{CONVERSION_POLL_US, Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
+pub use inbox::{Inbox, InboxSender, Next, NodeEvent, Unpark, inbox};
 pub use member::Member;
 pub use router::RouterLink;
 pub use start::{NodeLoop, NodeOptions, Parts, start};

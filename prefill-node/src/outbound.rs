@@ -3,9 +3,9 @@
 use crate::prompt::Prompt;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
-use tandem_kernels::{Converted, Kernels, PackError, Ticket};
+use tandem_kernels::{Kernels, PackError, Ticket};
 use tandem_memory::{Extent, HostRegion};
-use tandem_node::{CONVERSION_POLL_US, Clock, Cluster, Inbox, NodeEvent, RouterLink};
+use tandem_node::{Clock, Cluster, Conversions, Inbox, NodeEvent, RouterLink};
 use tandem_proto::handoff::{Push, Sender, SenderAction, SenderConfig};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
@@ -19,12 +19,11 @@ pub struct Outbound<K: Kernels> {
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
-    kernels: K,
+    /// What is being packed into which slot.
+    packing: Conversions<K, (Push, Extent)>,
     sender: Sender,
     shape: KvShape,
     staging: Staging,
-    /// What is being packed into which slot.
-    packing: HashMap<Ticket, (Push, Extent)>,
     /// What found no room in the transport's queue.
     packed: Vec<UnderWay>,
     under_way: HashMap<u64, UnderWay>,
@@ -40,10 +39,7 @@ pub struct Outbound<K: Kernels> {
     pub(crate) ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
     /// It must finish now.
     pub(crate) stopped: bool,
-    /// Why no more can be packed.
-    failed: Option<K::Error>,
     events: Vec<Event>,
-    converted: Vec<Converted>,
 }
 
 /// What the router sent, or that it is gone.
@@ -138,11 +134,10 @@ impl<K: Kernels> Outbound<K> {
             cluster,
             inbox,
             transport,
-            kernels,
+            packing: Conversions::new(kernels),
             sender: Sender::new(shape, SenderConfig::default()),
             shape,
             staging: Staging::new(&region, slot_bytes)?,
-            packing: HashMap::new(),
             packed: Vec::new(),
             under_way: HashMap::new(),
             next_ticket: 0,
@@ -153,9 +148,7 @@ impl<K: Kernels> Outbound<K> {
             arrived: VecDeque::new(),
             ended: VecDeque::new(),
             stopped: false,
-            failed: None,
             events: Vec::new(),
-            converted: Vec::new(),
         })
     }
 
@@ -179,7 +172,7 @@ impl<K: Kernels> Outbound<K> {
 
     /// Why the node cannot go on, if it cannot.
     pub(crate) fn failed(self) -> anyhow::Result<()> {
-        self.failed.map_or(Ok(()), |error| Err(anyhow::Error::new(error).context("layers cannot be packed")))
+        self.packing.result()
     }
 
     /// Waits for something to happen, until the deadline.
@@ -195,8 +188,7 @@ impl<K: Kernels> Outbound<K> {
             Link::Up => None,
         });
         let now = self.clock.now();
-        let packing = (!self.packing.is_empty()).then(|| now.after_us(CONVERSION_POLL_US));
-        let others = dial.chain(self.router.next_flush(now)).chain(packing);
+        let others = dial.chain(self.router.next_flush(now)).chain(self.packing.next_poll(now));
         self.sender.next_timeout().into_iter().chain(others).min()
     }
 
@@ -263,7 +255,7 @@ impl<K: Kernels> Outbound<K> {
 
     /// Staging slots in use.
     pub(crate) fn staged(&self) -> usize {
-        self.packing.len() + self.packed.len() + self.under_way.len()
+        self.packing.under_way() + self.packed.len() + self.under_way.len()
     }
 
     /// Handoffs that are not over.
@@ -452,18 +444,9 @@ impl<K: Kernels> Outbound<K> {
                 self.act();
             }
         }
-        let mut converted = std::mem::take(&mut self.converted);
-        if let Err(error) = self.kernels.poll(&mut converted) {
-            tracing::error!(%error, "layers cannot be packed; stopping");
-            self.failed = Some(error);
-            self.stopped = true;
-        }
-        for Converted { ticket, checksum } in converted.drain(..) {
-            if let Some((push, slot)) = self.packing.remove(&ticket) {
-                self.packed.push(UnderWay { push, digest: checksum, slot });
-            }
-        }
-        self.converted = converted;
+        let packed = &mut self.packed;
+        let over = |(push, slot), digest| packed.push(UnderWay { push, digest, slot });
+        self.stopped |= !self.packing.poll(over);
     }
 
     /// Begins to pack one layer; gives the slot back, and why, if that was refused.
@@ -474,15 +457,10 @@ impl<K: Kernels> Outbound<K> {
         let first = (push.chunk.0 * self.shape.chunk_tokens / self.shape.page_tokens) as usize;
         let pages = &pages[first..first + self.shape.pages(push.tokens) as usize];
         let out = slot.part(0..push.len).expect("a slot holds a layer of a full chunk");
-        let ticket = Ticket(self.next_ticket);
-        self.next_ticket += 1;
-        match begin_to_pack(&mut self.kernels, ticket, kv, &push, pages, &out) {
-            Ok(()) => {
-                self.packing.insert(ticket, (push, slot));
-                Ok(())
-            }
-            Err(error) => Err((slot, error.to_string())),
-        }
+        let begun = self
+            .packing
+            .begin((push, slot), |kernels, ticket| begin_to_pack(kernels, ticket, kv, &push, pages, &out));
+        begun.map_err(|((_, slot), error)| (slot, error.to_string()))
     }
 
     /// Starts the writes of what is packed. What finds no room in its peer's queue is tried again later.

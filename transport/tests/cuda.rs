@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tandem_memory::HostRegion;
-use tandem_memory::cuda::{CudaError, Device, DeviceExtent, DeviceRegion};
+use tandem_memory::cuda::{Device, DeviceExtent, DeviceRegion};
 use tandem_proto::ids::NodeId;
 use tandem_transport::{Event, Identity, NetConfig, NetTransport, Path, RegionId, Transport, Window, Write};
 
@@ -24,16 +24,14 @@ struct End {
 
 impl End {
     fn new(ordinal: usize, test: &str) -> Option<End> {
-        let device = match Device::open(ordinal) {
-            Ok(device) => device,
-            Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
-                println!("skipped: {error}");
-                return None;
-            }
-            Err(error) => panic!("{error}"),
-        };
+        let device = Device::open_or_skip(ordinal)?;
         let memory = HostRegion::with_twin(&device, LEN).unwrap();
-        let config = NetConfig { paths: vec![Path::CudaIpc], write_limit: 1 << 12, ..NetConfig::default() };
+        let config = NetConfig {
+            paths: vec![Path::CudaIpc],
+            gpu: Some(Arc::clone(&device)),
+            write_limit: 1 << 12,
+            ..NetConfig::default()
+        };
         let dir = std::env::temp_dir().join(format!("tandem-cuda-{}-{test}", std::process::id()));
         let identity = Identity::load_or_create(&dir).unwrap();
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));

@@ -143,7 +143,12 @@ impl Side {
         let packed = HostRegion::with_twin(gpu.kernels.device(), shape.bytes())?;
         let packed_there = packed.extent(0..packed.len())?.on_device().context("a twin")?;
         let pages = DevicePages::new(shape.layout, gpu.take(shape.layout.bytes())?)?;
-        let config = NetConfig { paths: vec![options.path], write_limit: 1 << 16, ..NetConfig::default() };
+        let config = NetConfig {
+            paths: vec![options.path],
+            gpu: Some(Arc::clone(gpu.kernels.device())),
+            write_limit: 1 << 16,
+            ..NetConfig::default()
+        };
         let here = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         let identity = Identity::load_or_create(dir)?;
         let mut transport = NetTransport::bind(here, &identity, config)?;

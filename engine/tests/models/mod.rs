@@ -3,9 +3,12 @@
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use tandem_engine::{CpuEngine, Engine, LoadOptions, Sequence};
+use tandem_engine::single::GenRequest;
+use tandem_engine::{CpuEngine, Engine, LoadOptions, Progress, Sequence};
 use tandem_kernels::KvPages;
-use tandem_proto::ids::{PageId, TokenId};
+use tandem_proto::ids::{ChoiceIdx, LayerIdx, PageId, TokenId};
+use tandem_proto::layout::KvShape;
+use tandem_proto::wire::SamplingParams;
 
 /// The folder of model `name`: in the repository, in `TANDEM_MODELS_DIR`, or in `shared/models` beside the
 /// repository. None, with a note, where it is nowhere.
@@ -49,10 +52,33 @@ pub fn pages(pool: u32, first: u32, count: u32) -> Vec<PageId> {
     (first..first + count).map(|i| PageId((u64::from(i) * 7919 % u64::from(pool)) as u32)).collect()
 }
 
+/// The greedy continuations of golden cases, as long as they are there.
+pub fn greedy(cases: &[Value], stop: &[TokenId]) -> Vec<GenRequest> {
+    let request = |case: &Value| GenRequest {
+        prompt: tokens(&case["input_ids"]),
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        choice: ChoiceIdx(0),
+        max_tokens: case["greedy_ids"].as_array().expect("tokens").len() as u32,
+        stop_tokens: stop.to_vec(),
+    };
+    cases.iter().map(request).collect()
+}
+
 /// The logits after the last of `tokens`, computed in steps of `chunk` tokens.
 pub fn last_logits(engine: &mut CpuEngine, tokens: &[TokenId], chunk: usize) -> Vec<f32> {
+    let kv = |shape, pages| KvPages::new(shape, pages).expect("pages");
+    last_logits_of(engine, kv, tokens, chunk)
+}
+
+/// As [`last_logits`], in pages of the engine's kind.
+pub fn last_logits_of<E: Engine>(
+    engine: &mut E,
+    pool: impl FnOnce(KvShape, u32) -> E::Pages,
+    tokens: &[TokenId],
+    chunk: usize,
+) -> Vec<f32> {
     let needed = engine.info().kv.pages(tokens.len() as u32);
-    let mut kv = KvPages::new(engine.info().kv, needed + 13).expect("pages");
+    let mut kv = pool(engine.info().kv, needed + 13);
     let table = pages(needed + 13, 5, needed);
     let mut last = Vec::new();
     let mut start = 0;
@@ -60,7 +86,14 @@ pub fn last_logits(engine: &mut CpuEngine, tokens: &[TokenId], chunk: usize) -> 
         let end = start + part.len();
         let sequence =
             Sequence { tokens: part, start: start as u32, pages: &table, logits: end == tokens.len() };
-        let logits = engine.step(&[sequence], &mut kv, &mut |_, _| ()).expect("a step");
+        let mut layers = Vec::new();
+        let mut tell = |progress, _: &E::Pages| {
+            if let Progress::Layer(layer) = progress {
+                layers.push(layer);
+            }
+        };
+        let logits = engine.step(&[sequence], &mut kv, &mut tell).expect("a step");
+        assert_eq!(layers, (0..engine.info().kv.layers).map(LayerIdx).collect::<Vec<_>>());
         last = logits.rows().flatten().copied().collect();
         start = end;
     }

@@ -55,6 +55,23 @@ impl Device {
         })
     }
 
+    /// As [`Device::open`], for tests: none where this system has no such GPU, which is said then.
+    ///
+    /// # Panics
+    /// When it is there and cannot be used.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn open_or_skip(ordinal: usize) -> Option<Arc<Device>> {
+        match Device::open(ordinal) {
+            Ok(device) => Some(device),
+            Err(error @ (CudaError::NoDriver | CudaError::NoDevice { .. })) => {
+                println!("skipped: {error}");
+                None
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+
     /// Its number and its model.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -106,13 +123,7 @@ impl Device {
     /// # Errors
     /// When the driver does not say.
     pub fn reaches(&self, peer: &Device) -> Result<bool, CudaError> {
-        let mut can = 0;
-        // SAFETY: both GPUs are open, and `can` is ours to write.
-        let said = unsafe {
-            sys::cuDeviceCanAccessPeer(&raw mut can, self.context.cu_device(), peer.context.cu_device())
-        };
-        self.said("tell whether it reaches another", said.result())?;
-        Ok(can != 0)
+        self.can_access(peer.context.cu_device())
     }
 
     /// Whether this GPU can read the memory of the one that another process calls `id`: the same one, or one that it
@@ -131,16 +142,19 @@ impl Device {
                 .and_then(|peer| Ok((peer, result::device::get_uuid(peer)?.bytes.map(|byte| byte as u8))));
             let (peer, its_id) = self.said("tell which GPUs there are", found)?;
             if its_id == id {
-                let mut can = 0;
-                // SAFETY: both are GPUs of this system, and `can` is ours to write.
-                let said =
-                    unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, self.context.cu_device(), peer) };
-                self.said("tell whether it reaches another", said.result())?;
                 let no = || out_of_reach(format!("there is no way between it and GPU {ordinal}"));
-                return if can != 0 { Ok(()) } else { Err(no()) };
+                return if self.can_access(peer)? { Ok(()) } else { Err(no()) };
             }
         }
         Err(out_of_reach("it is not shown to this process: see CUDA_VISIBLE_DEVICES".to_owned()))
+    }
+
+    fn can_access(&self, peer: sys::CUdevice) -> Result<bool, CudaError> {
+        let mut can = 0;
+        // SAFETY: both are GPUs of this system, and `can` is ours to write.
+        let said = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, self.context.cu_device(), peer) };
+        self.said("tell whether it reaches another", said.result())?;
+        Ok(can != 0)
     }
 
     /// Lets this GPU's copies and kernels use the memory of another that this process has opened.

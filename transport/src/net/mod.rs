@@ -62,8 +62,7 @@ pub struct NetConfig {
     /// RDMA devices to use, by name: each must be there. If empty, all that there are. Without feature `rdma` there
     /// are none.
     pub rdma_devices: Vec<String>,
-    /// The GPU whose memory will be registered: peers may connect before that is, and are offered lanes to it all the
-    /// same. None if it is the one of the first region with a twin, from its registration on.
+    /// The GPU whose memory is registered, now or later: peers are offered lanes to it from the beginning.
     #[cfg(feature = "cuda")]
     pub gpu: Option<Arc<tandem_memory::cuda::Device>>,
     /// Unreported writes to one peer, at most.

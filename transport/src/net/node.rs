@@ -23,8 +23,6 @@ use quinn::Connection;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::ops::Range;
-#[cfg(feature = "cuda")]
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -74,9 +72,6 @@ pub(crate) struct Node {
     /// The RDMA devices of this host; none if there are none.
     #[cfg(feature = "rdma")]
     rdma: Option<Arc<Rdma>>,
-    /// The configured one, else that of the first registered region with a twin.
-    #[cfg(feature = "cuda")]
-    gpu: OnceLock<Arc<Device>>,
     /// Writes that wait for bytes from a GPU.
     pub(crate) fetches: Fetches,
     /// Threads of lanes, and the one that takes them.
@@ -259,8 +254,6 @@ impl Node {
             tls,
             #[cfg(feature = "rdma")]
             rdma: rdma_devices(&config)?,
-            #[cfg(feature = "cuda")]
-            gpu: config.gpu.clone().map_or_else(OnceLock::new, OnceLock::from),
             config,
             fetches: Fetches::default(),
             threads: Mutex::default(),
@@ -342,17 +335,13 @@ impl Node {
                 tracing::warn!(%error, "memory is registered with RDMA devices when it is used first");
             }
         }
-        #[cfg(feature = "cuda")]
-        if let Some(twin) = region.twin() {
-            self.gpu.get_or_init(|| Arc::clone(twin.device()));
-        }
         self.windows.register(region)
     }
 
     /// The GPU that lanes read and write, if there is one.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu(&self) -> Option<&Arc<Device>> {
-        self.gpu.get()
+        self.config.gpu.as_ref()
     }
 
     fn gpu_offer(&self) -> Option<shm::GpuOffer> {
@@ -900,22 +889,27 @@ impl Node {
 
     async fn make_cuda_ipc(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers) -> Result<(), shm::Error> {
         let offer = offers.cuda_ipc.clone().ok_or(shm::Error::NotOffered)?;
-        if self.shm.is_none() {
-            return Err(shm::Error::NotHere);
-        }
-        let (node, life, secret) = (Arc::clone(self), Arc::clone(life), offers.secret);
-        let made = tokio::task::spawn_blocking(move || shm::dial_gpu(&node, &life, &offer, &secret)).await;
-        made.map_err(|_| shm::Error::Gone)?
+        let secret = offers.secret;
+        self.dial_on_host(life, move |node, life| shm::dial_gpu(node, life, &offer, &secret)).await
     }
 
     async fn make_shm(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers) -> Result<(), shm::Error> {
         let offer = offers.shm.clone().ok_or(shm::Error::NotOffered)?;
+        let secret = offers.secret;
+        self.dial_on_host(life, move |node, life| shm::dial(node, life, &offer, &secret)).await
+    }
+
+    async fn dial_on_host(
+        self: &Arc<Self>,
+        life: &Arc<Life>,
+        dial: impl FnOnce(&Node, &Life) -> Result<(), shm::Error> + Send + 'static,
+    ) -> Result<(), shm::Error> {
         if self.shm.is_none() {
             return Err(shm::Error::NotHere);
         }
-        let (node, life, secret) = (Arc::clone(self), Arc::clone(life), offers.secret);
+        let (node, life) = (Arc::clone(self), Arc::clone(life));
         // It answers at once or within its own deadline, but on a thread that may wait.
-        let made = tokio::task::spawn_blocking(move || shm::dial(&node, &life, &offer, &secret)).await;
+        let made = tokio::task::spawn_blocking(move || dial(&node, &life)).await;
         made.map_err(|_| shm::Error::Gone)?
     }
 

@@ -86,14 +86,23 @@ impl<S: Shape> Shape for Twins<S> {
         S::config().paths.first().copied()
     }
 
+    fn of_node(node: usize, config: NetConfig) -> NetConfig {
+        NetConfig { gpu: Some(Arc::clone(gpu(node))), ..S::of_node(node, config) }
+    }
+
     fn missing() -> Option<String> {
         gpus().as_ref().err().cloned()
     }
 
     fn memory(node: usize, len: usize) -> Arc<HostRegion> {
-        let gpus = gpus().as_ref().unwrap();
-        HostRegion::with_twin(&gpus[node % gpus.len()], len).unwrap()
+        HostRegion::with_twin(gpu(node), len).unwrap()
     }
+}
+
+#[cfg(feature = "cuda")]
+fn gpu(node: usize) -> &'static Arc<Device> {
+    let gpus = gpus().as_ref().unwrap();
+    &gpus[node % gpus.len()]
 }
 
 /// Opened once, as by a node, and kept: else the driver makes and ends contexts, slowly, while tests beside it time

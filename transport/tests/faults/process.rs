@@ -238,7 +238,10 @@ fn an_end() {
     let Ok(role) = std::env::var(ROLE) else { return };
     let [end, dir, paths] = role.split(' ').collect::<Vec<_>>()[..] else { panic!("{role}") };
     let identity = Identity::load_or_create(dir.as_ref()).unwrap();
+    let memory = memory(end.parse().unwrap(), paths);
     let config = NetConfig {
+        #[cfg(feature = "cuda")]
+        gpu: memory.twin().map(|twin| Arc::clone(twin.device())),
         paths: paths.split(',').map(|path| path.parse().unwrap()).collect(),
         write_limit: WRITE_LIMIT,
         event_limit: EVENT_LIMIT,
@@ -248,7 +251,6 @@ fn an_end() {
     let address = transport.local_addr();
     let holdings =
         |transport: &NetTransport| Holdings { transport: transport.held(), process: process_holdings() };
-    let memory = memory(end.parse().unwrap(), paths);
     let mut end = Local::new(identity.node(), transport, memory, holdings);
     let answer = |text: &str| {
         let mut out = std::io::stdout().lock();

@@ -61,6 +61,8 @@ impl Ours {
         memory: Memory,
         landings: Arc<Landings>,
     ) -> anyhow::Result<Ours> {
+        #[cfg(feature = "cuda")]
+        let config = NetConfig { gpu: memory.landing.twin().map(|twin| Arc::clone(twin.device())), ..config };
         let mut transport = NetTransport::bind(here()?, identity, config)?;
         transport.register(Arc::clone(&memory.source))?;
         let region = transport.register(Arc::clone(&memory.landing))?;
