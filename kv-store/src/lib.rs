@@ -6,5 +6,6 @@
 #![forbid(unsafe_code)]
 
 mod pages;
+pub mod tier;
 
 pub use pages::{PagePool, PoolStats};

@@ -6,7 +6,7 @@
 //! - [`ids`]: what things are called, as types that do not mix.
 //! - [`layout`]: the only place where KV dimensions become bytes.
 //! - [`keys`]: chunk keys, the names under which KV is the same everywhere.
-//! - [`wire`]: the messages and the only code that knows their bytes.
+//! - [`wire`]: the messages and the only code that knows their bytes. [`stored`]: the header of a stored chunk.
 //! - [`handoff`]: sender and receiver state machines of the KV handoff.
 #![forbid(unsafe_code)]
 
@@ -14,4 +14,5 @@ pub mod handoff;
 pub mod ids;
 pub mod keys;
 pub mod layout;
+pub mod stored;
 pub mod wire;
