@@ -39,12 +39,12 @@ pub struct StoreLimits {
     pub prefetches: usize,
     /// Chunks of one prefetch. What is beyond is not looked for.
     pub prefetch_chunks: usize,
-    /// Chunks that one tier loads at a time, at least one, if that is at most a quarter of the pool's slots, shared by all tiers.
+    /// Chunks that one tier loads at a time: at least one, and at most its share of a quarter of the pool's slots.
     pub loads: usize,
     /// Chunks that one tier stores, and others that it forgets, at a time; at least one.
     pub stores: usize,
-    /// Chunks that wait for one tier to store them or are being stored, if that is at most a quarter of the pool's
-    /// slots, shared by all tiers. Those beyond are not stored there.
+    /// Chunks that wait for one tier to store them or are being stored: at most its share of a quarter of the pool's
+    /// slots. Those beyond are not stored there.
     pub queued: usize,
     /// Chunks that one tier still has to forget. Those beyond are found there once more.
     pub removals: usize,

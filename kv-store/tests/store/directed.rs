@@ -330,6 +330,14 @@ fn a_damaged_chunk_goes_everywhere_and_its_successor_stays() {
         assert!(shelf.lock().unwrap().chunks.contains_key(&keys[0]));
     }
     assert_eq!((bench.store.held(), bench.store.stats().damaged), (0, 2));
+    // Computed anew while tiers still forget it.
+    let held = bench.store.hold(bench.now, &keys).pop().unwrap();
+    bench.store.discard(bench.now, held);
+    bench.put(keys[0]).unwrap();
+    bench.pass(1_000_000);
+    for shelf in &bench.shelves {
+        assert!(shelf.lock().unwrap().chunks.contains_key(&keys[0]));
+    }
 }
 
 #[test]

@@ -340,7 +340,7 @@ fn prompts(rng: &mut Rng) -> Vec<(Tenant, Vec<ChunkKey>)> {
     let mut prompts: Vec<(Tenant, Vec<ChunkKey>)> = Vec::new();
     for _ in 0..rng.between(2, 8) {
         let tenant = Tenant(rng.between(0, 2));
-        let begun = prompts.iter().filter(|(of, _)| *of == tenant).next_back();
+        let begun = prompts.iter().rfind(|(of, _)| *of == tenant);
         let mut keys = begun.filter(|_| rng.one_in(2)).map_or(Vec::new(), |(_, keys)| keys.clone());
         keys.truncate(rng.between(1, 8) as usize);
         let len = rng.between(1, 12) as usize;
