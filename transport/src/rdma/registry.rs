@@ -163,7 +163,7 @@ impl Registry {
         Ok(Registered { windows: self.binds(&memory), memory, regions })
     }
 
-    /// Whether memory windows are bound to it. The kernel takes no such right for a dma-buf (as of Linux 6.17).
+    /// Whether memory windows are bound to it. The kernel registers no dma-buf with the right to do so.
     fn binds(&self, memory: &Memory) -> bool {
         self.memory_windows && !memory.is_dma_buf()
     }

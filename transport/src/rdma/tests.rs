@@ -573,7 +573,7 @@ fn a_cut_link_and_a_lost_address_are_noticed() {
     // The port goes; packets go nowhere; the address goes. The first on a lane that is quiet: soft-RoCE that has
     // something to send on a link that is down tries again at once and for ever, in an interrupt, and the virtual
     // machine has one core, on which nothing else runs then. It hangs all the same under perftest's ib_write_bw, with
-    // nothing of ours in it.
+    // nothing of ours in it; with two cores the other goes on.
     let faults = [
         ("ip link set eth1 down", "ip link set eth1 up", 1),
         ("tc qdisc add dev eth1 root netem loss 100%", "tc qdisc del dev eth1 root", 40),
