@@ -166,11 +166,11 @@ fn start_cluster(options: &Options) -> anyhow::Result<Cluster> {
     let words = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let (device, format) = (options.device, if options.dummy { "dummy" } else { "auto" });
     cluster.node_flags = words(format!(
-        "--device {device} --load-format {format} --threads {} --kv-memory {}",
+        "--device {device} --load-format {format} --threads {} --kv-memory {} --peer-timeout 10s",
         options.threads, options.kv_memory
     ));
     cluster.prefill_on.node_flags = words(format!("--step-tokens {}", options.step_tokens));
-    cluster.router_flags = vec!["--served-model-name".into(), "bench".into()];
+    cluster.router_flags = words("--served-model-name bench --peer-timeout 10s".into());
     Ok(Cluster::start(&cluster))
 }
 
