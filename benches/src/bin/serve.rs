@@ -66,7 +66,8 @@ struct Options {
 }
 
 const PREFILL: [usize; 2] = [512, 2000];
-const DECODE_CONTEXT: usize = 512;
+/// Two whole chunks and a token: a cluster that has seen them computes one token.
+const DECODE_CONTEXT: usize = 513;
 const DECODE_TOKENS: u32 = 96;
 const TTFT_PROMPT: usize = 2000;
 
@@ -137,6 +138,10 @@ fn decode(ours: &mut OneProcess, streams: u16) -> anyhow::Result<f64> {
 
 fn cluster_decode(cluster: &Cluster, ours: &mut OneProcess, streams: u16) -> anyhow::Result<f64> {
     let prompts: Vec<_> = (0..streams).map(|_| ours.prompt(DECODE_CONTEXT)).collect();
+    // Their KV stays with the prefill node. Otherwise the first streams would be over before the last one begins.
+    for prompt in &prompts {
+        ask(cluster, prompt, 1)?;
+    }
     let came = std::thread::scope(|scope| {
         let asking: Vec<_> = prompts
             .iter()
