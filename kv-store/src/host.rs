@@ -47,6 +47,7 @@ pub struct HostPool {
     expiry: BTreeSet<(Time, EntryId)>,
     config: PoolConfig,
     slot_bytes: usize,
+    published: usize,
     pinned: usize,
     holds: usize,
     counts: PoolCounts,
@@ -153,6 +154,7 @@ impl HostPool {
             expiry: BTreeSet::new(),
             config,
             slot_bytes,
+            published: 0,
             pinned: 0,
             holds: 0,
             counts: PoolCounts::default(),
@@ -174,7 +176,7 @@ impl HostPool {
     /// Chunks that can be found.
     #[must_use]
     pub fn published(&self) -> usize {
-        self.slots.iter().filter(|slot| matches!(slot.state, State::Published(_))).count()
+        self.published
     }
 
     /// Chunks that are pinned.
@@ -278,6 +280,7 @@ impl HostPool {
         assert_eq!(header.key, key, "a chunk is published under another's key");
         let expires = self.config.ttl_us.filter(|_| !pinned).map(|ttl| now.after_us(ttl));
         *state = State::Published(Chunk { header, tenant, holders: 0, pinned, since: now, expires, from });
+        self.published += 1;
         self.expiry.extend(expires.map(|at| (at, slot)));
         let name = u64::from_le_bytes(*key.0.first_chunk().expect("a key has 32 bytes"));
         self.for_policies(tenant, |policy| policy.insert(slot, name));
@@ -457,6 +460,7 @@ impl HostPool {
     fn unlist(&mut self, slot: EntryId) -> Chunk {
         let state = std::mem::replace(&mut self.slots[slot.0 as usize].state, State::Free);
         let State::Published(chunk) = state else { panic!("slot {} is not published", slot.0) };
+        self.published -= 1;
         self.index.remove(&chunk.header.key);
         self.pinned -= usize::from(chunk.pinned);
         if let Some(at) = chunk.expires {

@@ -155,6 +155,12 @@ impl PagePool {
         self.chunks.insert(key, Chunk { pages: pages.to_vec(), last_use: self.clock, held });
     }
 
+    /// How many of `keys`, from the first on, are published chunks.
+    #[must_use]
+    pub fn prefix(&self, keys: &[ChunkKey]) -> usize {
+        keys.iter().take_while(|key| self.chunks.contains_key(key)).count()
+    }
+
     /// The pages of the longest run of published chunks that starts `keys`, with the caller as one more holder.
     pub fn match_prefix(&mut self, keys: &[ChunkKey]) -> Vec<PageId> {
         let mut found = Vec::new();

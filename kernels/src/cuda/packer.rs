@@ -163,6 +163,10 @@ impl Kernels for CudaPacker {
         Ok(HostRegion::with_twin(self.kernels.device(), len)?)
     }
 
+    fn host_memory(&self, len: usize) -> Result<Arc<HostRegion>, PlanError> {
+        Ok(HostRegion::pinned(self.kernels.device(), len)?)
+    }
+
     unsafe fn pack(
         &mut self,
         ticket: Ticket,
