@@ -21,6 +21,7 @@ mod member;
 mod router;
 mod start;
 mod status;
+mod warm;
 
 pub use board::{Board, CacheShown, ReusedTokens, Shown};
 pub use clock::{Clock, ClockHand};

@@ -70,13 +70,14 @@ impl NodeLoop for Prefill {
     }
 
     fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
-        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board } = parts;
+        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board, join } = parts;
         let (shape, staging) = (*kv.shape(), self.staging_memory);
         let cache = self.cache(&engine, &kernels)?;
         let mut outbound = Outbound::new(clock, cluster, inbox, transport, kernels, shape, staging)?;
         if let Some(cache) = cache {
             outbound = outbound.with_cache(cache);
         }
+        join();
         Node::new(engine, kv, outbound, self.limits).showing(board).run()
     }
 }
