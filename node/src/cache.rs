@@ -116,7 +116,9 @@ fn by_tier(out: &mut String, cache: &CacheShown) {
         ("tier_load_failures_total", "counter", "Chunks that could not be brought.", None, |t| t.load_failed),
         ("tier_stored_total", "counter", "Chunks that were stored there.", None, |t| t.stored),
         ("tier_stored_bytes_total", "counter", "Their bytes.", None, |t| t.stored_bytes),
-        ("tier_store_failures_total", "counter", "Chunks that could not be stored.", None, |t| t.store_failed),
+        ("tier_store_failures_total", "counter", "Chunks that could not be stored.", None, |t| {
+            t.store_failed
+        }),
         ("tier_dropped_total", "counter", "Chunks not stored there for want of room.", None, |t| t.dropped),
         ("tier_queued", "gauge", "Chunks that wait to be stored there.", None, |t| t.queued),
     ];
@@ -137,7 +139,11 @@ fn times(out: &mut String, cache: &CacheShown) {
     let host = |latency| std::iter::once(("host", latency));
     for (name, help, all) in [
         ("load_seconds", "From a tier to where it is used.", host(cache.load_time).chain(loads).collect()),
-        ("store_seconds", "Until a tier has a chunk.", host(cache.save_time).chain(stores).collect::<Vec<_>>()),
+        (
+            "store_seconds",
+            "Until a tier has a chunk.",
+            host(cache.save_time).chain(stores).collect::<Vec<_>>(),
+        ),
     ] {
         let name = format!("tandem_node_cache_{name}");
         head(out, &name, "summary", help);

@@ -47,7 +47,8 @@ struct Config {
 
 fn main() -> anyhow::Result<()> {
     let config = tandem_process::parse::<Config>("TANDEM_PREFILL");
-    let Config { node, staging_memory, step_tokens, max_waiting, cache_memory, cache_policy, cache_ttl } = config;
+    let Config { node, staging_memory, step_tokens, max_waiting, cache_memory, cache_policy, cache_ttl } =
+        config;
     let limits = Limits { step_tokens, max_waiting };
     let ttl_us = cache_ttl.map(|ttl| u64::try_from(ttl.as_micros()).unwrap_or(u64::MAX));
     let pool = PoolConfig { policy: cache_policy, ttl_us, tenant_slots: None };

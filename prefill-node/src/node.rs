@@ -138,7 +138,8 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         } else {
             let now = self.outbound.clock.now();
             let awaits = |prompt: &Prompt| prompt.awaits.filter(|until| *until > now);
-            let until = |prompt: &Box<Prompt>| awaits(prompt).map_or(prompt.deadline, |at| at.min(prompt.deadline));
+            let until =
+                |prompt: &Box<Prompt>| awaits(prompt).map_or(prompt.deadline, |at| at.min(prompt.deadline));
             let waiting = self.waiting.iter().map(until);
             Next::Wait(waiting.chain(self.outbound.next_deadline()).min())
         }
@@ -340,7 +341,10 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             if prompt.deadline <= now {
                 let error = RequestError::Deadline("the prompt waited too long for prefill".into());
                 self.fail(prompt.request, error);
-            } else if no_room || prompt.awaits.is_some_and(|until| until > now) || prompt.decode.is_some_and(|decode| !self.outbound.is_linked(&decode)) {
+            } else if no_room
+                || prompt.awaits.is_some_and(|until| until > now)
+                || prompt.decode.is_some_and(|decode| !self.outbound.is_linked(&decode))
+            {
                 self.waiting.push_back(prompt);
             } else if let Err(prompt) = self.start(prompt) {
                 no_room = true;
@@ -443,6 +447,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
                 }
             }
             outbound.turn(pages);
+            outbound.begin_loads(pages);
         });
         match result {
             Ok(logits) => {
@@ -495,11 +500,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
                 let cached_tokens = cached.total();
                 tracing::debug!(request = %share.request, cached_tokens, "first token computed");
                 self.reused.add(cached);
-                let message = FirstTokens {
-                    request: share.request,
-                    tokens: tokens.clone(),
-                    cached,
-                };
+                let message = FirstTokens { request: share.request, tokens: tokens.clone(), cached };
                 running.over |= !handed_over;
                 self.outbound.tell_router(Message::FirstTokens(message));
                 if handed_over {

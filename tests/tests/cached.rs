@@ -2,22 +2,11 @@
 //! answers are those of one process that computes everything, to the last bit.
 
 use serde_json::Value;
-use tandem_tests::one_process::{ask, assert_computes_the_same, prompts};
+use tandem_tests::one_process::{ask, assert_all_reused, assert_computes_the_same, prompts};
 use tandem_tests::processes::{Cluster, ClusterOptions, metric, model};
 
 const PROMPTS: usize = 24;
 const MAX_PROMPT: usize = 1800;
-const CHUNK: u64 = 256;
-
-/// What an answer says of the prompt's tokens: all that were not computed, and how many of them were in `tier`.
-fn cached(answer: &Value, tier: &str) -> (u64, u64) {
-    let details = &answer["usage"]["prompt_tokens_details"];
-    let count = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("no count in {answer}"));
-    let split = details["tandem"].as_object().expect("the split by tier");
-    let all = count(&details["cached_tokens"]);
-    assert_eq!(all, split.values().map(count).sum::<u64>(), "{answer}");
-    (all, count(&split[tier]))
-}
 
 /// Nodes with so few pages that every prompt takes those of others.
 fn options() -> ClusterOptions {
@@ -38,13 +27,7 @@ fn what_left_the_pages_is_not_computed_again() {
     assert_computes_the_same(&options.model, &prompts, &cold);
     let warm = ask(&cluster, &prompts, 8);
     assert_computes_the_same(&options.model, &prompts, &warm);
-    let mut from_host = 0;
-    for (prompt, answer) in prompts.iter().zip(&warm) {
-        let (all, host) = cached(answer, "host");
-        // Everything but the chunk of the last token.
-        assert_eq!(all, (prompt.len() as u64 - 1) / CHUNK * CHUNK, "a prompt of {}: {answer}", prompt.len());
-        from_host += host;
-    }
+    let from_host = assert_all_reused(&prompts, &warm, "host");
     let metrics = cluster.node_page("prefill-0", "/metrics").1;
     let counted = metric(&metrics, "tandem_node_cache_reused_tokens_total", "tier=\"host\"");
     assert!(from_host > 0 && counted >= Some(from_host as f64), "{from_host} tokens of {counted:?}");

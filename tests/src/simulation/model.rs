@@ -117,7 +117,7 @@ impl Engine for ChainEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut SimPages,
-        progress: &mut dyn FnMut(Progress, &SimPages),
+        progress: &mut dyn FnMut(Progress, &mut SimPages),
     ) -> Result<Logits, EngineError> {
         let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
         self.computed.fetch_add(tokens as u64, Ordering::Relaxed);

@@ -4,8 +4,8 @@ use super::model::{SHAPE, VOCAB, expected};
 use std::collections::BTreeMap;
 use tandem_proto::ids::{NodeId, RequestId, Time, TokenId};
 use tandem_proto::wire::{
-    CachedTokens, Destination, Expect, Finish, FirstTokens, Generation, Message, RequestError, Sampled, SamplingParams,
-    Submit, Tokens,
+    CachedTokens, Destination, Expect, Finish, FirstTokens, Generation, Message, RequestError, Sampled,
+    SamplingParams, Submit, Tokens,
 };
 use tandem_transport::sim::SimNetwork;
 

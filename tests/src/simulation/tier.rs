@@ -56,13 +56,7 @@ enum Call {
 }
 
 impl SimTier {
-    pub(super) fn new(
-        clock: Clock,
-        shelf: &Shelf,
-        rng: Rng,
-        honest: bool,
-        broken: Option<Break>,
-    ) -> SimTier {
+    pub(super) fn new(clock: Clock, shelf: &Shelf, rng: Rng, honest: bool, broken: Option<Break>) -> SimTier {
         let due = Due(Arc::new(AtomicU64::new(u64::MAX)));
         SimTier { clock, shelf: Arc::clone(shelf), rng, honest, broken, pending: Vec::new(), due }
     }

@@ -249,7 +249,8 @@ impl World {
             Kind::Decode(decode_node::Node::new(engine, kv, inbound, limits))
         };
         let now = self.network.now();
-        self.actors.insert(node, Actor { kind, inbox: sender, made_up, tier, wake: Some(now), busy_until: now });
+        self.actors
+            .insert(node, Actor { kind, inbox: sender, made_up, tier, wake: Some(now), busy_until: now });
         self.network.connect_control(node, ROUTER);
     }
 
@@ -377,7 +378,8 @@ impl World {
             self.actors.values().filter_map(|actor| actor.wake.map(|wake| wake.max(actor.busy_until)));
         let busy =
             self.actors.iter().filter(|(node, _)| self.network.has_events(**node)).map(|(_, a)| a.busy_until);
-        let tiers = self.actors.values().filter_map(|actor| Some(actor.tier.as_ref()?.at()?.max(actor.busy_until)));
+        let tiers =
+            self.actors.values().filter_map(|actor| Some(actor.tier.as_ref()?.at()?.max(actor.busy_until)));
         let plans = self.plans.last().map(|plan| plan.at);
         let cancels = self
             .requests
@@ -386,8 +388,14 @@ impl World {
             .filter(|made| made.end.is_none())
             .filter_map(|made| made.plan.cancel_at);
         let faults = self.faults.last().map(|(at, _)| *at);
-        let next =
-            nodes.chain(busy).chain(tiers).chain(plans).chain(cancels).chain(faults).chain(self.network.next_at()).min();
+        let next = nodes
+            .chain(busy)
+            .chain(tiers)
+            .chain(plans)
+            .chain(cancels)
+            .chain(faults)
+            .chain(self.network.next_at())
+            .min();
         // Half a second when nothing is due: deadlines are checked by the clock.
         next.unwrap_or(now.after_us(500_000)).max(now.after_us(1)).min(now.after_us(500_000))
     }
