@@ -89,14 +89,16 @@ fn measure(options: &Options, dir: &Path, kib: u32) -> anyhow::Result<Vec<[f64; 
     let sample_bytes = options.sample_mib * MIB;
     let fio = |write: bool, bytes| fio(&file, options, kib, write, bytes);
     fio(true, options.file_mib * MIB)?;
-    let mut disk = Disk::open(options, &dir.join("tier"), kib)?;
-    let chunks = sample_bytes / disk.chunk_bytes;
+    let mut full = Disk::open(options, &dir.join("put"), kib)?;
+    let mut read = Disk::open(options, &dir.join("get"), kib)?;
+    let all = options.file_mib * MIB / full.chunk_bytes;
     // Until it is full, and entries are used again.
-    let all = options.file_mib * MIB / disk.chunk_bytes;
-    disk.put(all + all / 8)?;
+    full.put(all + all / 8)?;
+    read.put(all)?;
+    let chunks = sample_bytes / full.chunk_bytes;
     (0..options.rounds)
         .map(|_| {
-            Ok([fio(false, sample_bytes)?, disk.get(chunks)?, fio(true, sample_bytes)?, disk.put(chunks)?])
+            Ok([fio(false, sample_bytes)?, read.get(chunks)?, fio(true, sample_bytes)?, full.put(chunks)?])
         })
         .collect()
 }
@@ -127,8 +129,6 @@ struct Disk {
     memory: Vec<Extent>,
     /// Chunks that were put.
     put: u64,
-    /// Chunks that are there: the last ones.
-    there: u64,
     random: u64,
 }
 
@@ -151,14 +151,14 @@ impl Disk {
         memory.iter().try_for_each(Extent::populate)?;
         let me = std::thread::current();
         let config = DiskConfig {
-            // First in, first out, so that it is known what is there.
+            // First in, first out where nothing is got, so that it is known what is there.
             policy: PolicyKind::Lru,
             depth: options.under_way,
             io: if options.io == "uring" { DiskIo::Uring } else { DiskIo::Threads },
             ..DiskConfig::new(dir, options.file_mib * MIB)
         };
         let tier = DiskTier::open(&config, Arc::new(move || Thread::unpark(&me)))?;
-        Ok(Disk { tier, chunk_bytes: chunk_bytes as u64, shape, memory, put: 0, there: 0, random: 1 })
+        Ok(Disk { tier, chunk_bytes: chunk_bytes as u64, shape, memory, put: 0, random: 1 })
     }
 
     /// Puts as many new chunks. Bytes a second.
@@ -177,14 +177,12 @@ impl Disk {
             tier.store(ticket, Arc::new(header), memory);
         })?;
         self.put += chunks;
-        self.there = self.tier.usage().chunks;
         Ok(rate)
     }
 
-    /// Gets as many of those that are there, in any order. Bytes a second.
+    /// Gets as many of the last ones that were put, which are there, in any order. Bytes a second.
     fn get(&mut self, chunks: u64) -> anyhow::Result<f64> {
-        let (put, there, mut random) = (self.put, self.there, self.random);
-        // Gets change the order in which chunks go: the same ones are asked for twice in turn to keep it simple.
+        let (put, there, mut random) = (self.put, self.tier.usage().chunks, self.random);
         let rate = self.each(chunks, |tier, _, ticket, memory| {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             tier.load(ticket, key(put - 1 - (random >> 33) % there), memory);

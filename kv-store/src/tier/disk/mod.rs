@@ -155,6 +155,8 @@ struct Shared {
     usage: Mutex<Usage>,
     /// Calls whose answer was not taken.
     under_way: AtomicUsize,
+    /// There are answers that are not the thread's. It wakes the caller for them, who may hold anything while it calls.
+    refused: AtomicBool,
     closed: AtomicBool,
     bell: Arc<OwnedFd>,
     wake: Wake,
@@ -210,6 +212,7 @@ impl DiskTier {
             answers: Mutex::default(),
             usage: Mutex::new(usage),
             under_way: AtomicUsize::new(0),
+            refused: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             bell,
             wake,
@@ -232,8 +235,8 @@ impl DiskTier {
         if self.shared.under_way.load(Ordering::Relaxed) >= self.queue {
             let busy = TierError::Busy { tier: NAME, limit: self.queue };
             self.shared.answers().push((ticket, Err(busy)));
-            (self.shared.wake)();
-            return;
+            self.shared.refused.store(true, Ordering::Release);
+            return self.shared.ring();
         }
         self.shared.under_way.fetch_add(1, Ordering::Relaxed);
         self.shared.calls().push_back(call);
@@ -366,7 +369,8 @@ fn work(mut core: Core, shared: &Shared, lock: Lock, alive: Sender<()>) {
         core.run(now());
         *shared.usage.lock().expect("nobody panics with it") = core.usage();
         let answers = core.answers();
-        if !answers.is_empty() {
+        let refused = shared.refused.swap(false, Ordering::AcqRel);
+        if !answers.is_empty() || refused {
             shared.answers().extend(answers);
             (shared.wake)();
         }

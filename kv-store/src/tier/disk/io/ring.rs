@@ -150,6 +150,7 @@ impl Drop for Ring {
             let waited = self.ring.submit_and_wait(1);
             if waited.is_err_and(|error| error.kind() != io::ErrorKind::Interrupted) {
                 std::mem::forget(std::mem::take(&mut self.under_way));
+                return;
             }
             self.reap(&mut Vec::new());
         }
