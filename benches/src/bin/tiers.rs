@@ -12,7 +12,6 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread::Thread;
 use std::time::{Duration, Instant};
-use tandem_kv_store::policy::PolicyKind;
 use tandem_kv_store::tier::disk::{DiskConfig, DiskIo, DiskTier};
 use tandem_kv_store::tier::{Outcome, Ticket, Tier};
 use tandem_memory::{Extent, HostRegion};
@@ -94,7 +93,9 @@ fn measure(options: &Options, dir: &Path, kib: u32) -> anyhow::Result<Vec<[f64; 
     let all = options.file_mib * MIB / full.chunk_bytes;
     // Until it is full, and entries are used again.
     full.put(all + all / 8)?;
-    read.put(all)?;
+    // Only what fits with its headers, so that all of it is there.
+    read.put(all / 8 * 7)?;
+    ensure!(read.tier.usage().evicted == 0, "--file-mib is too small for chunks of {kib} KiB");
     let chunks = sample_bytes / full.chunk_bytes;
     (0..options.rounds)
         .map(|_| {
@@ -151,8 +152,6 @@ impl Disk {
         memory.iter().try_for_each(Extent::populate)?;
         let me = std::thread::current();
         let config = DiskConfig {
-            // First in, first out where nothing is got, so that it is known what is there.
-            policy: PolicyKind::Lru,
             depth: options.under_way,
             io: if options.io == "uring" { DiskIo::Uring } else { DiskIo::Threads },
             ..DiskConfig::new(dir, options.file_mib * MIB)
@@ -180,12 +179,12 @@ impl Disk {
         Ok(rate)
     }
 
-    /// Gets as many of the last ones that were put, which are there, in any order. Bytes a second.
+    /// Gets as many of those that were put, in any order. Bytes a second.
     fn get(&mut self, chunks: u64) -> anyhow::Result<f64> {
-        let (put, there, mut random) = (self.put, self.tier.usage().chunks, self.random);
+        let (put, mut random) = (self.put, self.random);
         let rate = self.each(chunks, |tier, _, ticket, memory| {
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            tier.load(ticket, key(put - 1 - (random >> 33) % there), memory);
+            tier.load(ticket, key((random >> 33) % put), memory);
         })?;
         self.random = random;
         Ok(rate)

@@ -59,6 +59,8 @@ use tandem_proto::stored::ChunkHeader;
 
 /// Pins that may wait for the tier's thread, which takes them in as soon as it runs.
 const PINS: usize = 1 << 16;
+/// The largest depth that is used.
+const MAX_DEPTH: usize = 1024;
 /// Transfers that threads have under way at most, where there is no io_uring.
 const MAX_THREADS: usize = 32;
 
@@ -73,7 +75,7 @@ pub struct DiskConfig {
     pub policy: PolicyKind,
     /// How old a chunk may be that is found: as old as it likes if there is none. Counted in seconds.
     pub ttl: Option<Duration>,
-    /// Loads that are under way at most, and stores.
+    /// Loads that are under way at most, and stores: 1 to 1,024.
     pub depth: usize,
     /// Calls that are not answered at most.
     pub queue: usize,
@@ -190,7 +192,7 @@ impl DiskTier {
             dir: dir.clone(),
             budget: config.budget_bytes,
             ttl_s: config.ttl.map(|ttl| u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX)),
-            depth: config.depth.max(1),
+            depth: depth(config),
             deadline: config.deadline,
             policy: config.policy,
         };
@@ -244,8 +246,13 @@ impl DiskTier {
     }
 }
 
+/// Each load and each store that may be under way has 28 KiB of memory, so there is a bound to how many.
+fn depth(config: &DiskConfig) -> usize {
+    config.depth.clamp(1, MAX_DEPTH)
+}
+
 fn io_for(config: &DiskConfig, bell: &Arc<OwnedFd>) -> std::io::Result<Box<dyn io::Io>> {
-    let depth = config.depth.max(1) * 2;
+    let depth = depth(config) * 2;
     let threads = || Ok(Box::new(io::Threads::new(depth.min(MAX_THREADS), bell)?) as Box<dyn io::Io>);
     match config.io {
         DiskIo::Threads => threads(),

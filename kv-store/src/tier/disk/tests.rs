@@ -166,6 +166,32 @@ fn a_flipped_bit_is_noticed() {
 }
 
 #[test]
+fn a_chunk_in_anothers_place_is_noticed() {
+    let dir = TestDir::new();
+    // Segments of one entry each.
+    let config = config(&dir, 10 * SEGMENT);
+    let mut first = caller(&config);
+    for number in 0..3 {
+        first.store(&whole(number)).unwrap();
+    }
+    drop(first);
+    let slabs = dir.files("slab");
+    let moved = fs::read(&slabs[0]).unwrap();
+    fs::write(&slabs[1], moved).unwrap();
+    let mut again = caller(&config);
+    let damaged = (0..3).filter(|number| {
+        let (header, body) = whole(*number);
+        match again.load(header.key, body.len()) {
+            Ok(loaded) => assert!(loaded == (header, body)),
+            Err(TierError::Damaged { .. }) => return true,
+            Err(error) => panic!("{error}"),
+        }
+        false
+    });
+    assert_eq!(damaged.count(), 1);
+}
+
+#[test]
 fn one_process_has_it() {
     let dir = TestDir::new();
     let config = config(&dir, 6 * SEGMENT);
