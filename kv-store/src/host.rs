@@ -526,6 +526,7 @@ mod tests {
             pool.index.len(),
             count(|state| matches!(state, State::Filling { .. } | State::Published(_)))
         );
+        assert_eq!(pool.published, count(|state| matches!(state, State::Published(_))));
         let pinned = |state: &State| match state {
             State::Filling { pinned, .. } => *pinned,
             State::Published(chunk) => chunk.pinned,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use tandem_kernels::{Kernels, PackError, Ticket};
-use tandem_kv_store::{Held, Latency, Reserved, Store, Tenant};
+use tandem_kv_store::{Held, Latency, PagePool, Reserved, Store, Tenant};
 use tandem_memory::Extent;
 use tandem_node::{CacheShown, Conversions};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, PageId, RequestId, Time};
@@ -14,13 +14,33 @@ use tandem_proto::layout::KvShape;
 use tandem_proto::stored::ChunkHeader;
 use tandem_proto::wire::CachedTokens;
 
-/// Bytes that one turn begins to bring to pages, and to pack, before others get theirs: on a CPU that is when the work
-/// is done.
-const TURN_BYTES: usize = 16 << 20;
-/// Bytes that are under way in either direction, so that a GPU has the next ones when it is done with some.
-const UNDER_WAY_BYTES: usize = 128 << 20;
-/// Chunks that wait to be packed, or are being packed. Their pages are held meanwhile.
-const MAX_SAVES: usize = 64;
+/// The most that a cache has under way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CacheLimits {
+    /// How long a prompt waits for chunks from slower tiers.
+    pub patience_us: u64,
+    /// Bytes that one turn begins to bring to pages, and to pack, before others get theirs.
+    pub turn_bytes: usize,
+    /// Bytes that are under way in either direction.
+    pub under_way_bytes: usize,
+    /// Chunks that wait to be packed, or are being packed. Their pages are held meanwhile.
+    pub saves: usize,
+}
+
+impl Default for CacheLimits {
+    fn default() -> CacheLimits {
+        CacheLimits {
+            // As long as some thousand tokens take to be computed.
+            patience_us: 2_000_000,
+            // Some milliseconds of a CPU, which does the work when it is begun.
+            turn_bytes: 16 << 20,
+            // A GPU has the next ones when it is done with some.
+            under_way_bytes: 128 << 20,
+            // Of several steps.
+            saves: 64,
+        }
+    }
+}
 
 /// The store, and what moves between it and the pages. It never touches the page pool: whose pages are free is told to
 /// the node's loop.
@@ -28,7 +48,7 @@ pub struct Cache {
     store: Store,
     fingerprint: Fingerprint,
     shape: KvShape,
-    patience_us: u64,
+    limits: CacheLimits,
     loads: BTreeMap<LoadId, Load>,
     /// Those of `loads` with layers that are to be begun, first come first served.
     to_load: VecDeque<LoadId>,
@@ -118,14 +138,14 @@ struct Save {
 }
 
 impl Cache {
-    /// A cache of a model's KV in a store. A prompt waits at most `patience_us` for chunks from slower tiers.
+    /// A cache of a model's KV in a store.
     #[must_use]
-    pub fn new(store: Store, fingerprint: Fingerprint, shape: KvShape, patience_us: u64) -> Cache {
+    pub fn new(store: Store, fingerprint: Fingerprint, shape: KvShape, limits: CacheLimits) -> Cache {
         Cache {
             store,
             fingerprint,
             shape,
-            patience_us,
+            limits,
             loads: BTreeMap::new(),
             to_load: VecDeque::new(),
             saves: BTreeMap::new(),
@@ -153,7 +173,7 @@ impl Cache {
 
     /// Begins to bring what slower tiers have of this prefix. Tells until when a prompt waits for it, if it does.
     pub(crate) fn prefetch(&mut self, now: Time, tenant: Tenant, keys: &[ChunkKey]) -> Option<Time> {
-        let until = now.after_us(self.patience_us);
+        let until = now.after_us(self.limits.patience_us);
         self.store.prefetch(now, tenant, keys, until).then_some(until)
     }
 
@@ -185,14 +205,15 @@ impl Cache {
 
     /// Whether it has something for the node's loop, or for the next turn, at once.
     pub(crate) fn has_news(&self) -> bool {
-        let loads = !self.to_load.is_empty() && self.loading_bytes < UNDER_WAY_BYTES;
-        let saves = !self.to_save.is_empty() && self.saving_bytes < UNDER_WAY_BYTES;
+        let loads = !self.to_load.is_empty() && self.loading_bytes < self.limits.under_way_bytes;
+        let saves = !self.to_save.is_empty() && self.saving_bytes < self.limits.under_way_bytes;
         self.news || loads || saves || !self.arrived.is_empty() || !self.packed_pages.is_empty()
     }
 
-    /// Chunks that are being packed or wait for it.
+    /// Chunks that are being packed or wait for it, and those that slower tiers are to store.
     pub(crate) fn saving(&self) -> usize {
-        self.saves.len()
+        let queued: u64 = self.store.stats().tiers.iter().map(|tier| tier.queued).sum();
+        self.saves.len() + queued as usize
     }
 
     /// Everything that is not over: what a node at rest has none of.
@@ -257,8 +278,8 @@ impl Cache {
         kv: &mut K::Pages,
     ) {
         let mut begun_bytes = 0;
-        while begun_bytes < TURN_BYTES
-            && self.loading_bytes < UNDER_WAY_BYTES
+        while begun_bytes < self.limits.turn_bytes
+            && self.loading_bytes < self.limits.under_way_bytes
             && let Some(&id) = self.to_load.front()
         {
             let load = self.loads.get_mut(&id).expect("what is to be begun is not over");
@@ -306,8 +327,8 @@ impl Cache {
         kv: &K::Pages,
     ) {
         let mut begun_bytes = 0;
-        while begun_bytes < TURN_BYTES
-            && self.saving_bytes < UNDER_WAY_BYTES
+        while begun_bytes < self.limits.turn_bytes
+            && self.saving_bytes < self.limits.under_way_bytes
             && let Some(&id) = self.to_save.front()
         {
             let save = self.saves.get_mut(&id).expect("what is to be begun is not over");
@@ -411,7 +432,7 @@ impl Cache {
     /// when it is not saved: it is stored already, or there is no room, or too much is under way.
     #[must_use]
     pub(crate) fn save(&mut self, now: Time, key: ChunkKey, tenant: Tenant, pages: &[PageId]) -> bool {
-        if self.saves.len() >= MAX_SAVES {
+        if self.saves.len() >= self.limits.saves {
             self.dropped_queue += 1;
             return false;
         }
@@ -431,17 +452,25 @@ impl Cache {
         true
     }
 
-    /// Gives up saves that have not begun, for somebody who needs their pages. Whether there were any.
-    pub(crate) fn give_up_saves(&mut self, now: Time) -> bool {
-        let waiting: Vec<SaveId> =
-            self.to_save.iter().copied().filter(|save| self.saves[save].begun == 0).collect();
+    /// Saves that have not begun.
+    fn waiting_saves(&self) -> impl Iterator<Item = (SaveId, &Save)> {
+        self.to_save.iter().map(|id| (*id, &self.saves[id])).filter(|(_, save)| save.begun == 0)
+    }
+
+    /// Pages that only saves which have not begun need.
+    pub(crate) fn waiting_pages(&self, pool: &PagePool) -> usize {
+        self.waiting_saves().map(|(_, save)| pool.freed_by(&save.pages)).sum()
+    }
+
+    /// Gives up saves that have not begun, for somebody who needs their pages.
+    pub(crate) fn give_up_saves(&mut self, now: Time) {
+        let waiting: Vec<SaveId> = self.waiting_saves().map(|(id, _)| id).collect();
         self.to_save.retain(|save| !waiting.contains(save));
         self.dropped_pages += waiting.len() as u64;
         for id in &waiting {
             self.saves.get_mut(id).expect("it waits").failed = true;
             self.end_save(now, *id);
         }
-        !waiting.is_empty()
     }
 
     /// Publishes the chunk if all of it is packed.

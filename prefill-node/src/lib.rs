@@ -14,6 +14,6 @@ mod node;
 mod outbound;
 mod prompt;
 
-pub use cache::Cache;
+pub use cache::{Cache, CacheLimits};
 pub use node::{Limits, Node};
 pub use outbound::Outbound;

@@ -342,8 +342,8 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
                 let error = RequestError::Deadline("the prompt waited too long for prefill".into());
                 self.fail(prompt.request, error);
             } else if no_room
-                || prompt.awaits.is_some_and(|until| until > now)
                 || prompt.decode.is_some_and(|decode| !self.outbound.is_linked(&decode))
+                || prompt.awaits.is_some_and(|until| until > now)
             {
                 self.waiting.push_back(prompt);
             } else if let Err(prompt) = self.start(prompt) {
@@ -384,17 +384,16 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         Ok(())
     }
 
-    /// Fresh pages. What waits to be saved gives way to them.
+    /// Fresh pages. What waits to be saved gives way to them, if that is enough.
     fn take(&mut self, count: usize) -> Option<Vec<PageId>> {
-        let taken = self.pool.take(count);
-        if taken.is_some() {
-            return taken;
+        let available = self.pool.available();
+        if let Some(cache) = &mut self.outbound.cache
+            && available < count
+            && available + cache.waiting_pages(&self.pool) >= count
+        {
+            cache.give_up_saves(self.outbound.clock.now());
+            self.pool.release(&std::mem::take(&mut cache.packed_pages));
         }
-        let cache = self.outbound.cache.as_mut()?;
-        if !cache.give_up_saves(self.outbound.clock.now()) {
-            return None;
-        }
-        self.pool.release(&std::mem::take(&mut cache.packed_pages));
         self.pool.take(count)
     }
 

@@ -271,7 +271,13 @@ impl World {
         let pool = HostPool::new(&region, slot_bytes, config).expect("room for a slot");
         let config = StoreConfig { fingerprint: FINGERPRINT, shape: SHAPE, limits: StoreLimits::default() };
         let store = Store::new(config, pool, vec![Box::new(tier)]);
-        prefill_node::Cache::new(store, FINGERPRINT, SHAPE, self.rng.between(0, 100_000))
+        let limits = prefill_node::CacheLimits {
+            patience_us: self.rng.between(0, 100_000),
+            turn_bytes: self.rng.between(1, 2 * slot_bytes as u64) as usize,
+            under_way_bytes: self.rng.between(1, 4 * slot_bytes as u64) as usize,
+            saves: self.rng.between(1, 8) as usize,
+        };
+        prefill_node::Cache::new(store, FINGERPRINT, SHAPE, limits)
     }
 
     /// Draws the requests and the faults of this run.
