@@ -35,11 +35,13 @@ pub enum Break {
     SentBeforePacked,
     /// The decode node frees slots, and decodes from pages, while layers are still being scattered.
     SlotFreedWhileRead,
+    /// The prefill node does not compare the checksums of stored chunks: those of damaged ones agree.
+    ChecksumNotCompared,
 }
 
 impl Break {
     /// All of them.
-    pub const ALL: [Break; 7] = [
+    pub const ALL: [Break; 8] = [
         Break::SlotFreedEarly,
         Break::FencedTooSoon,
         Break::DoneBeforeAllBytes,
@@ -47,6 +49,7 @@ impl Break {
         Break::StaleEpochAccepted,
         Break::SentBeforePacked,
         Break::SlotFreedWhileRead,
+        Break::ChecksumNotCompared,
     ];
 }
 
