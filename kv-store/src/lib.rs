@@ -3,7 +3,7 @@
 //! It decides, and touches no KV bytes: storage is in `tandem-kernels`, arithmetic in `tandem-engine`.
 //!
 //! - [`PagePool`]: counts the holders of every page, and keeps finished chunks until their room is needed.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod pages;
 pub mod tier;

@@ -1,5 +1,9 @@
 //! Where stored chunks lie beyond this process's memory: on disk, in a remote store, at a peer.
 
+// The contract's test owns the memory that it gives to calls.
+#[allow(unsafe_code)]
+pub mod contract;
+
 use std::fmt;
 use std::sync::Arc;
 use tandem_memory::Extent;
