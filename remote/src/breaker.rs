@@ -22,6 +22,7 @@ struct Open {
 }
 
 /// Leave to make a call.
+#[derive(Debug)]
 pub(crate) struct Pass {
     trial: bool,
 }
@@ -69,5 +70,56 @@ impl Breaker {
                 Some(FIRST)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A store that fails until a time: when calls reach it, in seconds, if one is made each tenth of one.
+    fn check(works_after: f64, until: u32, expected: &[f64]) {
+        let (begin, mut breaker) = (Instant::now(), Breaker::default());
+        let (mut made, mut told) = (Vec::new(), Vec::new());
+        for tenth in 0..until * 10 {
+            let now = begin + Duration::from_millis(u64::from(tenth) * 100);
+            let seconds = f64::from(tenth) / 10.0;
+            let Ok(pass) = breaker.pass(now) else { continue };
+            if made.len() < expected.len() {
+                made.push(seconds);
+            }
+            if seconds < works_after {
+                told.extend(breaker.failed(pass, now).map(|_| seconds));
+            } else if breaker.worked() {
+                told.push(seconds);
+            }
+        }
+        assert_eq!(made, expected);
+        assert_eq!(told.len(), if works_after > 0.25 { 2 } else { 0 }, "its end and its return, once: {told:?}");
+    }
+
+    #[test]
+    fn a_store_that_fails_is_tried_ever_less_often_until_it_works() {
+        check(0.0, 2, &[0.0, 0.1, 0.2, 0.3]);
+        check(0.2, 2, &[0.0, 0.1, 0.2, 0.3]);
+        check(1.0, 5, &[0.0, 0.1, 0.2, 1.2, 1.3, 1.4]);
+        check(60.0, 100, &[0.0, 0.1, 0.2, 1.2, 3.2, 7.2, 15.2, 31.2, 61.2, 61.3]);
+    }
+
+    #[test]
+    fn one_call_tries_and_others_that_end_late_decide_nothing() {
+        let (begin, mut breaker) = (Instant::now(), Breaker::default());
+        let mut early: Vec<_> = (0..10).map(|_| breaker.pass(begin).expect("it works so far")).collect();
+        let opened = early.drain(..).filter_map(|pass| breaker.failed(pass, begin)).count();
+        assert_eq!(opened, 1);
+        assert_eq!(breaker.left(begin), Some(FIRST), "not longer for those that failed with it");
+        let later = begin + FIRST;
+        let trial = breaker.pass(later).expect("its time is over");
+        assert_eq!(breaker.pass(later).err(), Some(FIRST), "one is enough");
+        assert_eq!(breaker.failed(trial, later), None, "that was said before");
+        assert_eq!(breaker.left(later), Some(FIRST * 2));
+        // A trial whose end is never told.
+        let _lost = breaker.pass(later + FIRST * 2).expect("its time is over");
+        assert!(breaker.pass(later + FIRST * 4).is_ok());
     }
 }

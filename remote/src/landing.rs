@@ -121,3 +121,91 @@ impl Landing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use tandem_kv_store::tier::contract::{self, memory, read};
+
+    /// Lands an object in pieces of this size, with its length told before or not.
+    fn check(object: &[u8], piece: usize, announced: bool) -> Result<(ChunkHeader, Vec<u8>), Misfit> {
+        let chunk = contract::whole(1);
+        let extent = memory(chunk.1.len());
+        let mut landing = Landing::new(chunk.0.key, Room::new(extent.clone()));
+        if announced {
+            landing.announce(object.len() as u64)?;
+        }
+        for piece in object.chunks(piece) {
+            landing.take(piece)?;
+        }
+        let header = landing.finish()?;
+        drop(landing);
+        assert_eq!(Arc::strong_count(extent.region()), 1);
+        Ok((header, read(&extent)))
+    }
+
+    fn object((header, body): &(ChunkHeader, Vec<u8>)) -> Vec<u8> {
+        [header.encode(), body.clone()].concat()
+    }
+
+    #[test]
+    fn a_chunk_lands_in_pieces_of_any_size() {
+        let chunk = contract::whole(1);
+        for piece in [1, 2, 11, 12, 13, 100, 4096, 1 << 20] {
+            for announced in [false, true] {
+                assert!(check(&object(&chunk), piece, announced) == Ok(chunk.clone()), "{piece}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_the_chunk_does_not_land() {
+        let chunk = contract::whole(1);
+        let (whole, head) = (object(&chunk), chunk.0.encode().len());
+        let wrong = |object: &[u8]| {
+            for (piece, announced) in [(7, false), (7, true), (1 << 20, false), (1 << 20, true)] {
+                let refused = check(object, piece, announced);
+                assert!(matches!(refused, Err(Misfit::Damaged(_))), "{} bytes", object.len());
+            }
+        };
+        for len in (0..head + 20).chain([whole.len() - 1]) {
+            wrong(&whole[..len]);
+        }
+        wrong(&[&whole[..], &[0]].concat());
+        wrong(&object(&contract::whole(2)));
+        for bit in 0..head * 8 {
+            let mut flipped = whole.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(matches!(check(&flipped, 1 << 20, bit % 2 == 0), Err(Misfit::Damaged(_))), "bit {bit}");
+        }
+        // A shorter chunk under the same key is none of ours to judge.
+        let (mut short, body) = contract::chunk(3, 5);
+        short.key = chunk.0.key;
+        assert!(matches!(check(&object(&(short, body)), 99, true), Err(Misfit::Length(_))));
+    }
+
+    #[test]
+    fn a_length_that_cannot_be_is_refused_with_the_header() {
+        let chunk = contract::whole(1);
+        let mut landing = Landing::new(chunk.0.key, Room::new(memory(chunk.1.len())));
+        landing.announce(1 << 40).expect("nothing is known of it");
+        let refused = landing.take(&chunk.0.encode());
+        assert!(matches!(refused, Err(Misfit::Damaged(_))), "{refused:?}");
+        assert!(landing.head.len() < 1 << 10);
+    }
+
+    #[test]
+    fn it_begins_again_after_any_part() {
+        let chunk = contract::whole(1);
+        let (whole, extent) = (object(&chunk), memory(chunk.1.len()));
+        let mut landing = Landing::new(chunk.0.key, Room::new(extent.clone()));
+        for part in [0, 5, 12, 40, 300, whole.len()] {
+            landing.restart();
+            landing.take(&whole[..part]).expect("a part");
+        }
+        assert_eq!(landing.finish(), Ok(chunk.0));
+        drop(landing);
+        assert!(read(&extent) == chunk.1);
+    }
+}

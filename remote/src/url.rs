@@ -12,7 +12,7 @@ const REDIS_PORT: u16 = 6379;
 ///
 /// - `s3://bucket/prefix?endpoint=https://host:port&region=eu-west-1`: S3, or with an endpoint what speaks like it.
 ///   Credentials are those of AWS's own tools: from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, a profile, or the
-///   machine's role.
+///   machine's role; with `sign=no` there are none.
 /// - `redis://user:password@host:port/database?prefix=name&ttl=86400`: Redis or Valkey. What is left out of user and
 ///   password is taken from `REDIS_USERNAME` and `REDIS_PASSWORD`. With a TTL, in seconds, chunks go that long after they
 ///   were stored.
@@ -29,6 +29,8 @@ pub enum StoreUrl {
         endpoint: Option<String>,
         /// Its region; if it is not given, that of the environment.
         region: Option<String>,
+        /// Whether requests are signed, which takes credentials.
+        sign: bool,
     },
     /// Redis or Valkey, one server.
     Redis {
@@ -121,7 +123,12 @@ fn s3(url: &Url) -> Result<StoreUrl, UrlError> {
     if url.port().is_some() {
         return Err(UrlError::Unknown { scheme, part: "port: give endpoint=https://host:port".into() });
     }
-    let [endpoint, region] = options(scheme, url, ["endpoint", "region"])?;
+    let [endpoint, region, sign] = options(scheme, url, ["endpoint", "region", "sign"])?;
+    let sign = match sign.as_deref() {
+        None | Some("yes") => true,
+        Some("no") => false,
+        Some(_) => return Err(UrlError::Value { scheme, part: "sign", what: "yes or no" }),
+    };
     let http = |endpoint: &String| {
         let scheme = Url::parse(endpoint).map(|url| (url.scheme().to_owned(), url.host().is_some()));
         matches!(scheme, Ok((scheme, true)) if scheme == "http" || scheme == "https")
@@ -131,7 +138,7 @@ fn s3(url: &Url) -> Result<StoreUrl, UrlError> {
     }
     let bucket = url.host_str().filter(|host| !host.is_empty());
     let bucket = bucket.ok_or(UrlError::Missing { scheme, what: "a bucket" })?.to_owned();
-    Ok(StoreUrl::S3 { bucket, prefix: trimmed(&decoded(scheme, "prefix", url.path())?), endpoint, region })
+    Ok(StoreUrl::S3 { bucket, prefix: trimmed(&decoded(scheme, "prefix", url.path())?), endpoint, region, sign })
 }
 
 fn redis(url: &Url) -> Result<StoreUrl, UrlError> {
@@ -224,17 +231,18 @@ fn trimmed(prefix: &str) -> String {
 impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            StoreUrl::S3 { bucket, prefix, endpoint, region } => {
+            StoreUrl::S3 { bucket, prefix, endpoint, region, sign } => {
                 write!(f, "s3://{bucket}/{prefix}")?;
                 let endpoint = endpoint.as_ref().map(|endpoint| format!("endpoint={}", public(endpoint)));
-                query(f, [endpoint, region.as_ref().map(|region| format!("region={region}"))])
+                let region = region.as_ref().map(|region| format!("region={region}"));
+                query(f, [endpoint, region, (!sign).then(|| "sign=no".into())])
             }
             StoreUrl::Redis { host, port, database, prefix, ttl, user: _, password: _ } => {
                 let (open, close) = if host.contains(':') { ("[", "]") } else { ("", "") };
                 write!(f, "redis://{open}{host}{close}:{port}/{database}")?;
                 let prefix = Some(prefix).filter(|prefix| !prefix.is_empty());
                 let ttl = ttl.map(|ttl| format!("ttl={}", ttl.as_secs()));
-                query(f, [prefix.map(|prefix| format!("prefix={prefix}")), ttl])
+                query(f, [prefix.map(|prefix| format!("prefix={prefix}")), ttl, None])
             }
             StoreUrl::Directory { path } => write!(f, "fs://{}", path.display()),
         }
@@ -248,7 +256,7 @@ fn public(endpoint: &str) -> String {
     shown.map_or_else(|()| String::new(), |()| url.as_str().trim_end_matches('/').to_owned())
 }
 
-fn query(f: &mut fmt::Formatter<'_>, options: [Option<String>; 2]) -> fmt::Result {
+fn query(f: &mut fmt::Formatter<'_>, options: [Option<String>; 3]) -> fmt::Result {
     let mut sign = '?';
     for option in options.into_iter().flatten() {
         write!(f, "{sign}{option}")?;
@@ -289,6 +297,7 @@ mod tests {
             "s3://bucket/a?endpoint=http://me:hunter2@host:9000",
             Ok("s3://bucket/a?endpoint=http://host:9000"),
         );
+        check("s3://bucket?sign=no", Ok("s3://bucket/?sign=no"));
         check("redis://host", Ok("redis://host:6379/0"));
         check("redis://me:hunter2@host:7000/3?prefix=/kv/", Ok("redis://host:7000/3?prefix=kv"));
         check("redis://:hunter2@[::1]:7000/3?ttl=60", Ok("redis://[::1]:7000/3?ttl=60"));
@@ -303,6 +312,7 @@ mod tests {
         check("s3://key:hunter2@bucket/", Err("from the environment"));
         check("s3://bucket:80/", Err("no port"));
         check("s3://bucket/?endpoint=host:9000", Err("endpoint of a URL of s3 is a URL of http"));
+        check("s3://bucket/?sign=maybe", Err("yes or no"));
         check("s3://bucket/?zone=1", Err("no option zone"));
         check("redis://:hunter2@host/x", Err("database"));
         check("redis://host/0?ttl=0", Err("ttl"));

@@ -44,13 +44,16 @@ impl Objects {
     pub(crate) fn open(url: &StoreUrl) -> Result<Objects, OpenError> {
         let failed = |error: Error| OpenError::Refused { url: url.to_string(), reason: told(&error) };
         match url {
-            StoreUrl::S3 { bucket, prefix, endpoint, region } => {
+            StoreUrl::S3 { bucket, prefix, endpoint, region, sign } => {
                 let environment = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
                 let region = region.clone().or_else(|| environment("AWS_REGION"));
                 let region = region.or_else(|| environment("AWS_DEFAULT_REGION"));
                 let mut builder = S3::default().bucket(bucket).region(region.as_deref().unwrap_or("us-east-1"));
                 if let Some(endpoint) = endpoint {
                     builder = builder.endpoint(endpoint);
+                }
+                if !sign {
+                    builder = builder.skip_signature();
                 }
                 let client = reqwest::Client::builder().connect_timeout(CONNECT).build();
                 let client = client.map_err(|error| OpenError::Refused {
