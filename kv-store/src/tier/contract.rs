@@ -204,12 +204,15 @@ pub fn memory(bytes: usize) -> Extent {
     HostRegion::private(bytes).and_then(|region| region.extent(0..bytes)).expect("there is memory")
 }
 
-fn fill(extent: &Extent, bytes: &[u8]) {
-    // SAFETY: the caller made this memory, and no call that names it is under way.
+/// Writes memory that no call has.
+pub fn fill(extent: &Extent, bytes: &[u8]) {
+    // SAFETY: the test made this memory, and no call that names it is under way.
     unsafe { extent.bytes_mut() }.copy_from_slice(bytes);
 }
 
-fn read(extent: &Extent) -> Vec<u8> {
+/// Reads memory that no call has.
+#[must_use]
+pub fn read(extent: &Extent) -> Vec<u8> {
     // SAFETY: as above.
     unsafe { extent.bytes() }.to_vec()
 }

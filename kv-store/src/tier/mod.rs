@@ -3,6 +3,7 @@
 // The contract's test owns the memory that it gives to calls.
 #[allow(unsafe_code)]
 pub mod contract;
+pub mod disk;
 
 use std::fmt;
 use std::sync::Arc;
