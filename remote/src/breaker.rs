@@ -30,7 +30,10 @@ pub(crate) struct Pass {
 impl Breaker {
     /// How much longer no call is made.
     pub(crate) fn left(&self, now: Instant) -> Option<Duration> {
-        self.open.as_ref().map(|open| open.until.saturating_duration_since(now)).filter(|left| !left.is_zero())
+        self.open
+            .as_ref()
+            .map(|open| open.until.saturating_duration_since(now))
+            .filter(|left| !left.is_zero())
     }
 
     /// Asks to make a call, whose end is to be told.
@@ -95,7 +98,11 @@ mod tests {
             }
         }
         assert_eq!(made, expected);
-        assert_eq!(told.len(), if works_after > 0.25 { 2 } else { 0 }, "its end and its return, once: {told:?}");
+        assert_eq!(
+            told.len(),
+            if works_after > 0.25 { 2 } else { 0 },
+            "its end and its return, once: {told:?}"
+        );
     }
 
     #[test]

@@ -48,7 +48,8 @@ impl Objects {
                 let environment = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
                 let region = region.clone().or_else(|| environment("AWS_REGION"));
                 let region = region.or_else(|| environment("AWS_DEFAULT_REGION"));
-                let mut builder = S3::default().bucket(bucket).region(region.as_deref().unwrap_or("us-east-1"));
+                let mut builder =
+                    S3::default().bucket(bucket).region(region.as_deref().unwrap_or("us-east-1"));
                 if let Some(endpoint) = endpoint {
                     builder = builder.endpoint(endpoint);
                 }
@@ -68,7 +69,8 @@ impl Objects {
             }
             StoreUrl::Directory { path } => {
                 let utf8 = |path: &std::path::Path| path.to_str().map(str::to_owned);
-                let not_utf8 = || OpenError::Refused { url: url.to_string(), reason: "it is not UTF-8".into() };
+                let not_utf8 =
+                    || OpenError::Refused { url: url.to_string(), reason: "it is not UTF-8".into() };
                 let root = utf8(path).ok_or_else(not_utf8)?;
                 let partial = utf8(&path.join(PARTIAL)).ok_or_else(not_utf8)?;
                 let builder = Fs::default().root(&root).atomic_write_dir(&partial);

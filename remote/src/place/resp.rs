@@ -80,7 +80,8 @@ mod tests {
         for part in ["", "$", "$5", "$5\r", "+O"] {
             check(part, Ok(None));
         }
-        for wrong in ["\r\n", "$x\r\n", "$99999999999999999999\r\n", "HTTP/1.1 400 Bad Request\r\n", "*1\r\n"] {
+        for wrong in ["\r\n", "$x\r\n", "$99999999999999999999\r\n", "HTTP/1.1 400 Bad Request\r\n", "*1\r\n"]
+        {
             assert!(reply(wrong.as_bytes()).is_err(), "{wrong}");
         }
         assert_eq!(reply(&[b'+'; LONGEST_LINE]), Ok(None));

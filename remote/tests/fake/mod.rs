@@ -9,14 +9,14 @@ use std::time::Duration;
 
 /// How the store speaks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Speech {
+pub(crate) enum Speech {
     Redis,
     S3,
 }
 
 /// What it says to whoever loads; whether it is there, to whoever asks.
 #[derive(Clone)]
-pub struct Say {
+pub(crate) struct Say {
     head: Vec<u8>,
     object: Vec<u8>,
     then: Then,
@@ -45,23 +45,23 @@ enum Then {
 const LENGTH: u64 = 1 << 40;
 
 impl Say {
-    pub fn these(bytes: Vec<u8>) -> Say {
+    pub(crate) fn these(bytes: Vec<u8>) -> Say {
         Say { head: bytes, object: vec![], then: Then::Close(0), there: false, stored: vec![], always: true }
     }
 
-    pub fn nothing_ever() -> Say {
+    pub(crate) fn nothing_ever() -> Say {
         Say { then: Then::Hang(0), ..Say::these(vec![]) }
     }
 
-    pub fn cut(self, kept: usize) -> Say {
+    pub(crate) fn cut(self, kept: usize) -> Say {
         Say { then: Then::Close(kept), ..self }
     }
 
-    pub fn hang(self, kept: usize) -> Say {
+    pub(crate) fn hang(self, kept: usize) -> Say {
         Say { then: Then::Hang(kept), ..self }
     }
 
-    pub fn late(self, kept: usize, pause: Duration) -> Say {
+    pub(crate) fn late(self, kept: usize, pause: Duration) -> Say {
         Say { then: Then::Late(kept, pause), ..self }
     }
 }
@@ -75,13 +75,13 @@ impl Speech {
         .into_bytes()
     }
 
-    pub fn object(self, object: &[u8]) -> Say {
+    pub(crate) fn object(self, object: &[u8]) -> Say {
         let (head, object) = (self.bytes(object.len() as u64), object.to_vec());
         let stored = self.error("OOM command not allowed when used memory > 'maxmemory'.", 507);
         Say { head, object, then: Then::Done, there: true, stored, always: false }
     }
 
-    pub fn nothing(self) -> Say {
+    pub(crate) fn nothing(self) -> Say {
         let head = match self {
             Speech::Redis => b"$-1\r\n".to_vec(),
             Speech::S3 => self.error("NoSuchKey", 404),
@@ -102,19 +102,19 @@ impl Speech {
         Say { head, always: true, ..self.object(&[]) }.alone()
     }
 
-    pub fn refusal(self) -> Say {
+    pub(crate) fn refusal(self) -> Say {
         self.always(self.error("NOAUTH Authentication required.", 403))
     }
 
-    pub fn overload(self) -> Say {
+    pub(crate) fn overload(self) -> Say {
         self.always(self.error("LOADING Redis is loading the dataset in memory", 503))
     }
 
-    pub fn endless(self, object: &[u8]) -> Say {
+    pub(crate) fn endless(self, object: &[u8]) -> Say {
         Say { head: self.bytes(LENGTH), then: Then::Endless, ..self.object(object) }
     }
 
-    pub fn endless_refusal(self) -> Say {
+    pub(crate) fn endless_refusal(self) -> Say {
         let head = match self {
             Speech::Redis => b"-ERR ".to_vec(),
             Speech::S3 => format!("HTTP/1.1 400 No\r\nContent-Length: {LENGTH}\r\n\r\n").into_bytes(),
@@ -123,7 +123,7 @@ impl Speech {
     }
 
     /// It has the object and takes no other.
-    pub fn full(self, object: &[u8]) -> Say {
+    pub(crate) fn full(self, object: &[u8]) -> Say {
         Say { there: false, ..self.object(object) }
     }
 
@@ -179,7 +179,7 @@ impl Say {
     }
 }
 
-pub struct Fake {
+pub(crate) struct Fake {
     speech: Speech,
     address: SocketAddr,
     state: Arc<State>,
@@ -195,7 +195,7 @@ struct State {
 }
 
 impl Fake {
-    pub fn start(speech: Speech, say: Say) -> Fake {
+    pub(crate) fn start(speech: Speech, say: Say) -> Fake {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
         let state = Arc::new(State {
@@ -224,7 +224,7 @@ impl Fake {
         Fake { speech, address, state, listener: Some(listener) }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         match self.speech {
             Speech::Redis => format!("redis://{}/0?prefix=kv", self.address),
             Speech::S3 => format!("s3://bucket/kv?endpoint=http://{}&region=here&sign=no", self.address),
@@ -232,20 +232,20 @@ impl Fake {
     }
 
     /// What of its URL stands in errors.
-    pub fn shown(&self) -> String {
+    pub(crate) fn shown(&self) -> String {
         self.address.to_string()
     }
 
     /// Requests that came.
-    pub fn asked(&self) -> u64 {
+    pub(crate) fn asked(&self) -> u64 {
         self.state.asked.load(Ordering::SeqCst)
     }
 
-    pub fn say(&self, say: Say) {
+    pub(crate) fn say(&self, say: Say) {
         *self.state.say.lock().unwrap() = say;
     }
 
-    pub fn close_connections(&self) {
+    pub(crate) fn close_connections(&self) {
         for connection in self.state.connections.lock().unwrap().drain(..) {
             // It may be closed already.
             let _ = connection.shutdown(Shutdown::Both);
@@ -253,7 +253,7 @@ impl Fake {
     }
 
     /// Ends it. How many bytes it sent.
-    pub fn stop(mut self) -> u64 {
+    pub(crate) fn stop(mut self) -> u64 {
         self.end();
         self.state.sent.load(Ordering::SeqCst)
     }

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A folder that goes with the test.
-pub struct Folder(PathBuf);
+pub(crate) struct Folder(PathBuf);
 
 impl Folder {
-    pub fn new() -> Folder {
+    pub(crate) fn new() -> Folder {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let own = format!("tandem-remote-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(own);
@@ -15,7 +15,7 @@ impl Folder {
         Folder(path)
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }
@@ -28,7 +28,7 @@ impl Drop for Folder {
 }
 
 /// The URL of a server that `scripts/stores` has started.
-pub fn from_environment(name: &str) -> Option<String> {
+pub(crate) fn from_environment(name: &str) -> Option<String> {
     let url = std::env::var(name).ok().filter(|url| !url.is_empty());
     if url.is_none() {
         println!("skipped: {name} is not set: run with scripts/stores");
