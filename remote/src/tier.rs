@@ -351,8 +351,9 @@ impl Owed {
 
     fn tell(&mut self, answer: Result<Outcome, TierError>) {
         self.answered = true;
-        self.shared.answers.lock().expect("nobody panics with it").push((self.ticket, answer));
+        // Before the answer: who has seen all answers sees nothing under way.
         self.shared.under_way.fetch_sub(1, Ordering::Relaxed);
+        self.shared.answers.lock().expect("nobody panics with it").push((self.ticket, answer));
         (self.shared.wake)();
     }
 }
