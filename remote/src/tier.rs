@@ -223,10 +223,8 @@ impl Shared {
             return Err(self.failed(job, &reason));
         };
         let _turn = turn.expect("turns are never closed");
-        let pass = match lane.breaker().pass(Instant::now()) {
-            Ok(pass) => pass,
-            Err(left) => return Err(self.left_alone(job, left)),
-        };
+        let passed = lane.breaker().pass(Instant::now());
+        let pass = passed.map_err(|left| self.left_alone(job, left))?;
         let fault = match self.tries(ticket, job, until).await {
             Ok(outcome) => {
                 self.worked(lane);
@@ -312,7 +310,8 @@ impl Shared {
     }
 
     fn broke(&self, lane: &Lane, pass: Pass, error: &TierError) {
-        if let Some(pause) = lane.breaker().failed(pass, Instant::now()) {
+        let opened = lane.breaker().failed(pass, Instant::now());
+        if let Some(pause) = opened {
             tracing::warn!("{error}; it is left alone for {pause:?}, and longer while it does not work");
         }
     }

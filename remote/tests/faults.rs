@@ -4,6 +4,7 @@ mod fake;
 
 use fake::{Fake, Say, Speech};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tandem_kv_store::tier::contract::{self, Caller};
 use tandem_kv_store::tier::{Outcome, TierError};
@@ -162,6 +163,39 @@ fn memory_is_let_go_by_calls_that_are_given_up() {
         // The rest of the object comes, to nobody.
         std::thread::sleep(DEADLINE * 2);
         assert!(contract::read(&memory)[chunk.1.len() / 2 + 512..].iter().all(|byte| *byte == 0));
+    }
+}
+
+/// When the caller is woken, which is in the middle of answering, nobody holds the memory but the caller.
+#[test]
+fn memory_is_let_go_before_the_answer() {
+    let chunk = contract::whole(1);
+    for speech in SPEECHES {
+        for say in [speech.object(&object(&chunk)), speech.full(&object(&chunk)), Say::nothing_ever()] {
+            let fake = Fake::start(speech, say);
+            let memory = contract::memory(chunk.1.len());
+            let region = Arc::clone(memory.region());
+            let (url, holders) = (fake.url(), Arc::new(AtomicUsize::new(0)));
+            let mut caller = Caller::new(&|wake| {
+                let (region, holders) = (Arc::clone(&region), Arc::clone(&holders));
+                let watch = move || {
+                    holders.fetch_max(Arc::strong_count(&region), Ordering::SeqCst);
+                    wake();
+                };
+                let config = RemoteConfig::new(url.parse().expect("a URL"));
+                let config = RemoteConfig { deadline: DEADLINE, ..config };
+                Box::new(Remote::open(config, Arc::new(watch)).expect("it opens"))
+            });
+            let header = Arc::new(chunk.0.clone());
+            let given = memory.clone();
+            let load = caller.begin(|tier, ticket| tier.load(ticket, chunk.0.key, given));
+            let _ = caller.answer(load);
+            let given = memory.clone();
+            let store = caller.begin(|tier, ticket| tier.store(ticket, header, given));
+            let _ = caller.answer(store);
+            // That of the test's memory, and one each in the test and the watch.
+            assert_eq!(holders.load(Ordering::SeqCst), 3, "{speech:?} holds it");
+        }
     }
 }
 
