@@ -72,14 +72,15 @@ impl KvPages {
         Ok(KvPages { shape, pages, storage })
     }
 
-    /// The memory of all pages in pieces, in the order in which pages are first used: for whoever has the
-    /// system provide it beforehand ([`Extent::populate`]).
+    /// The memory of all pages in pieces of about a huge page, in the order in which pages are first used: for
+    /// whoever has the system provide it beforehand ([`Extent::populate`]).
     pub fn pieces(&self) -> impl Iterator<Item = Extent> + Send + use<> {
-        const PAGES: u32 = 64;
+        const PIECE_BYTES: usize = 2 << 20;
         let (storage, shape, pages) = (self.storage.clone(), self.shape, self.pages);
         let page = shape.layer_page_bytes();
-        (0..pages).step_by(PAGES as usize).flat_map(move |first| {
-            let (storage, count) = (storage.clone(), PAGES.min(pages - first) as usize);
+        let in_piece = (PIECE_BYTES / page).max(1);
+        (0..pages).step_by(in_piece).flat_map(move |first| {
+            let (storage, count) = (storage.clone(), in_piece.min((pages - first) as usize));
             (0..shape.layers as usize).filter_map(move |layer| {
                 let start = (layer * pages as usize + first as usize) * page;
                 storage.part(start..start + count * page).ok()

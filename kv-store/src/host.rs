@@ -3,7 +3,6 @@
 
 use crate::policy::{EntryId, Policy, PolicyKind};
 use std::collections::{BTreeSet, HashMap};
-use std::fmt;
 use std::sync::Arc;
 use tandem_memory::{Extent, HostRegion, RegionError};
 use tandem_proto::ids::Time;
@@ -100,13 +99,16 @@ pub struct PoolCounts {
 }
 
 /// Why there is no slot for a chunk.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refused {
     /// It is there, or somebody is filling a slot with it.
+    #[error("the chunk is there already, or is being filled in")]
     Known,
     /// Its tenant has as much as it may have, all of it in use.
+    #[error("all slots that the tenant may have are in use")]
     Quota,
     /// Every slot is in use.
+    #[error("all slots of the host pool are in use")]
     Full,
 }
 
@@ -494,12 +496,132 @@ impl HostPool {
     }
 }
 
-impl fmt::Display for Refused {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Refused::Known => "known",
-            Refused::Quota => "quota",
-            Refused::Full => "full",
-        })
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tandem_proto::keys::Fingerprint;
+    use tandem_proto::layout::{KvDtype, KvShape};
+
+    const SHAPE: KvShape =
+        KvShape { layers: 1, kv_heads: 1, head_dim: 1, page_tokens: 1, chunk_tokens: 1, dtype: KvDtype::F32 };
+
+    fn key(n: u64) -> ChunkKey {
+        ChunkKey([n as u8; 32])
+    }
+
+    fn header(key: ChunkKey) -> Arc<ChunkHeader> {
+        let fingerprint = Fingerprint([0; 32]);
+        Arc::new(ChunkHeader { key, fingerprint, shape: SHAPE, tokens: 1, checksums: vec![0] })
+    }
+
+    /// Every number that the pool keeps, against counting anew.
+    fn recount(pool: &HostPool, holds: usize, tenants: u64) {
+        let count = |of: fn(&State) -> bool| pool.slots.iter().filter(|slot| of(&slot.state)).count();
+        assert_eq!(pool.free.len(), count(|state| matches!(state, State::Free)));
+        assert_eq!(
+            pool.index.len(),
+            count(|state| matches!(state, State::Filling { .. } | State::Published(_)))
+        );
+        let pinned = |state: &State| match state {
+            State::Filling { pinned, .. } => *pinned,
+            State::Published(chunk) => chunk.pinned,
+            _ => false,
+        };
+        assert_eq!(pool.pinned, count(pinned));
+        assert!(pool.pinned <= pool.slots.len() / 2);
+        let idle =
+            |state: &State| matches!(state, State::Published(chunk) if chunk.holders == 0 && !chunk.pinned);
+        assert_eq!(pool.policy.evictable(), count(idle));
+        let held = pool.slots.iter().map(|slot| match slot.state {
+            State::Published(Chunk { holders, .. }) | State::Leaving { holders, .. } => holders as usize,
+            _ => 0,
+        });
+        let held: usize = held.sum();
+        assert_eq!((pool.holds, held), (holds, holds));
+        let expiring = pool.slots.iter().filter_map(|slot| match &slot.state {
+            State::Published(chunk) => chunk.expires,
+            _ => None,
+        });
+        assert_eq!(pool.expiry.len(), expiring.count());
+        for tenant in (0..tenants).map(Tenant) {
+            let theirs = pool.slots.iter().filter(|slot| match &slot.state {
+                State::Free => false,
+                State::Filling { tenant: of, .. } | State::Leaving { tenant: of, .. } => *of == tenant,
+                State::Published(chunk) => chunk.tenant == tenant,
+            });
+            let (theirs, quota) = (theirs.count(), pool.config.tenant_slots);
+            assert!(quota.is_none_or(|quota| theirs <= quota), "{theirs} slots of {quota:?}");
+            let account = pool.tenants.get(&tenant).map_or(0, |account| account.slots);
+            assert_eq!(account, quota.map_or(0, |_| theirs));
+        }
+    }
+
+    #[test]
+    fn numbers_agree_with_a_recount() {
+        let kinds = [PolicyKind::Lru, PolicyKind::Lfu, PolicyKind::S3Fifo];
+        let mut sum = PoolCounts::default();
+        for seed in 0..60u64 {
+            let mut rng = seed;
+            let mut random = |n: u64| {
+                rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (rng >> 33) % n
+            };
+            let config = PoolConfig {
+                policy: kinds[random(3) as usize],
+                ttl_us: (random(2) == 0).then(|| random(200)),
+                tenant_slots: (random(2) == 0).then(|| random(8) as usize),
+            };
+            let region = HostRegion::private(12 * ALIGN).unwrap();
+            let mut pool = HostPool::new(&region, ALIGN, config).unwrap();
+            let (mut filling, mut held) = (Vec::new(), Vec::new());
+            for now in (0..3_000).map(Time) {
+                let n = random(30);
+                match random(12) {
+                    0..4 => {
+                        filling.extend(pool.reserve(key(n), Tenant(n % 3)).ok().map(|slot| (slot, key(n))))
+                    }
+                    4..6 if !filling.is_empty() => {
+                        let (slot, key) = filling.swap_remove(random(filling.len() as u64) as usize);
+                        match random(6) {
+                            0 => pool.abandon(slot),
+                            1 => {
+                                pool.detach(slot);
+                                held.push(slot);
+                            }
+                            _ => pool.publish(now, slot, header(key), None),
+                        }
+                    }
+                    6 => held.extend(pool.find(now, &key(n)).map(|hit| hit.slot)),
+                    7..9 if !held.is_empty() => {
+                        pool.let_go(held.swap_remove(random(held.len() as u64) as usize));
+                    }
+                    9 => drop(pool.pin(now, &key(n), random(3) > 1)),
+                    10 => pool.touch(&[key(n), key(n + 1)]),
+                    11 if random(4) == 0 => pool.remove(&key(n)),
+                    11 if random(100) == 0 => pool.clear(),
+                    _ => pool.expire(now),
+                }
+                recount(&pool, held.len(), 3);
+            }
+            let counts = pool.counts();
+            sum.evicted += counts.evicted;
+            sum.evicted_by_quota += counts.evicted_by_quota;
+            sum.expired += counts.expired;
+            sum.removed += counts.removed;
+        }
+        let PoolCounts { evicted, evicted_by_quota, expired, removed } = sum;
+        assert!(evicted.min(evicted_by_quota).min(expired).min(removed) > 100, "{sum:?}");
+    }
+
+    #[test]
+    #[should_panic(expected = "nobody holds it")]
+    fn letting_go_twice_is_caught() {
+        let region = HostRegion::private(ALIGN).unwrap();
+        let mut pool = HostPool::new(&region, ALIGN, PoolConfig::default()).unwrap();
+        let slot = pool.reserve(key(1), Tenant(0)).unwrap();
+        pool.publish(Time(0), slot, header(key(1)), None);
+        pool.hold(slot);
+        pool.let_go(slot);
+        pool.let_go(slot);
     }
 }

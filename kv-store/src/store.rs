@@ -39,12 +39,12 @@ pub struct StoreLimits {
     pub prefetches: usize,
     /// Chunks of one prefetch. What is beyond is not looked for.
     pub prefetch_chunks: usize,
-    /// Chunks that one tier loads at a time, if that is at most a quarter of the pool's slots, shared by all tiers.
+    /// Chunks that one tier loads at a time: at least one, and at most its share of a quarter of the pool's slots.
     pub loads: usize,
-    /// Chunks that one tier stores at a time.
+    /// Chunks that one tier stores, and others that it forgets, at a time; at least one.
     pub stores: usize,
-    /// Chunks that wait for one tier to store them or are being stored, if that is at most a quarter of the pool's
-    /// slots, shared by all tiers. Those beyond are not stored there.
+    /// Chunks that wait for one tier to store them or are being stored: at most its share of a quarter of the pool's
+    /// slots. Those beyond are not stored there.
     pub queued: usize,
     /// Chunks that one tier still has to forget. Those beyond are found there once more.
     pub removals: usize,
@@ -134,7 +134,8 @@ impl Store {
         assert_eq!(pool.slot_bytes(), chunk_bytes, "a slot of the pool must hold one chunk");
         // Whatever tiers do, half of the pool is free of them.
         let share = (pool.slots() / (4 * tiers.len().max(1))).max(1);
-        config.limits.loads = config.limits.loads.min(share);
+        config.limits.loads = config.limits.loads.clamp(1, share);
+        config.limits.stores = config.limits.stores.max(1);
         config.limits.queued = config.limits.queued.min(share);
         Store {
             config,
@@ -365,14 +366,12 @@ impl Store {
                 self.backings[tier].tier.remove(ticket, key);
             }
             while let Some((slot, key)) = self.backings[tier].next_write(self.config.limits.stores) {
-                let backing = &mut self.backings[tier];
-                if !self.pool.is_published(slot) || backing.is_doomed(&key) || backing.storing.contains(&key)
-                {
-                    backing.counts.dropped += 1;
+                if !self.pool.is_published(slot) {
+                    self.backings[tier].counts.dropped += 1;
                     self.pool.let_go(slot);
                     continue;
                 }
-                backing.storing.insert(key);
+                self.backings[tier].storing.insert(key);
                 let (header, body) = (Arc::clone(self.pool.header(slot)), self.pool.extent(slot).clone());
                 let ticket = self.call(Call::Store { tier, key, slot, began: now });
                 self.backings[tier].tier.store(ticket, header, body);

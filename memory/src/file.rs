@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 /// Never shrunk, so that no reader of a mapping ever runs past its end; never grown, so that its length says
 /// what it holds.
 const FIXED: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
-const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = 2 << 20;
 
 /// A file without a name, in memory. It is gone with its last holder, however that ends.
 pub(crate) struct MemoryFile(OwnedFd);

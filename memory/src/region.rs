@@ -1,6 +1,6 @@
 #[cfg(feature = "cuda")]
 use crate::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, Twin};
-use crate::file::MemoryFile;
+use crate::file::{HUGE_PAGE, MemoryFile};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -284,12 +284,21 @@ impl Extent {
     /// When the system has no more, or is too old to know how (before Linux 5.14).
     pub fn populate(&self) -> io::Result<()> {
         let page = 4096;
-        let start = self.start / page * page;
-        let len = self.start + self.len - start;
-        // SAFETY: the range, widened to whole pages, lies in the mapping; populating changes no content.
-        let done =
-            unsafe { libc::madvise(self.region.base.add(start).cast(), len, libc::MADV_POPULATE_WRITE) };
-        if len > 0 && done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        let mut at = self.start / page * page;
+        let end = self.start + self.len;
+        while at < end {
+            // The system holds a lock over all of the process's memory for as long as a call takes, and whoever maps
+            // some meanwhile waits, and behind him whoever touches a new page. So a call is for one huge page.
+            let len = (HUGE_PAGE - (self.region.base.addr() + at) % HUGE_PAGE).min(end - at);
+            // SAFETY: the range, widened to whole pages, lies in the mapping; populating changes no content.
+            let done =
+                unsafe { libc::madvise(self.region.base.add(at).cast(), len, libc::MADV_POPULATE_WRITE) };
+            if done < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            at += len;
+        }
+        Ok(())
     }
 
     /// The bytes, to read.
@@ -332,5 +341,26 @@ mod tests {
         unsafe { part.bytes_mut() }.fill(7);
         // SAFETY: as above.
         assert_eq!(unsafe { extent.bytes() }[9..21], [0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 0]);
+    }
+
+    /// Every page of the extent is there, wherever it begins and ends.
+    #[test]
+    fn populated_is_there() {
+        const PAGE: usize = 4096;
+        let check = |range: Range<usize>| {
+            let region = HostRegion::map(3 * HUGE_PAGE + PAGE).unwrap();
+            region.extent(range.clone()).unwrap().populate().unwrap();
+            let mut there = vec![0u8; region.len() / PAGE];
+            // SAFETY: the range is the mapping, and there is a byte for each of its pages.
+            let told = unsafe { libc::mincore(region.base.cast(), region.len(), there.as_mut_ptr()) };
+            assert_eq!(told, 0, "{}", io::Error::last_os_error());
+            for page in range.start / PAGE..range.end.div_ceil(PAGE) {
+                assert_eq!(there[page] & 1, 1, "{range:?}: page {page}");
+            }
+        };
+        check(0..3 * HUGE_PAGE + PAGE);
+        check(PAGE + 5..PAGE + 6);
+        check(HUGE_PAGE - 1..2 * HUGE_PAGE + 1);
+        check(5..3 * HUGE_PAGE + 1);
     }
 }

@@ -20,6 +20,7 @@ mod member;
 mod router;
 mod start;
 mod status;
+mod warm;
 
 pub use board::{Board, Shown};
 pub use clock::{Clock, ClockHand};

@@ -2,6 +2,7 @@
 
 use crate::NodeOptions;
 use crate::device::{Device, Shown};
+use crate::warm;
 use anyhow::Context;
 use std::time::Instant;
 use tandem_engine::{CpuEngine, Engine, LoadOptions, ModelInfo};
@@ -38,7 +39,7 @@ pub(crate) fn on_cpu(options: &NodeOptions) -> anyhow::Result<Loaded<CpuEngine, 
     let kv = KvPages::new(info.kv, pages).with_context(|| format!("--kv-memory of {bytes} bytes"))?;
     tell(info, pages, begun);
     tracing::info!(threads = load.threads, "computing on the CPU");
-    warm(&kv)?;
+    warm::spawn(&kv).context("a thread to warm KV memory")?;
     let device = Shown { device: Device::Cpu, model: "CPU".to_owned(), memory: Box::new(|| None) };
     Ok(Loaded {
         engine,
@@ -129,22 +130,4 @@ fn tell(info: &ModelInfo, pages: u32, begun: Instant) {
         seconds = begun.elapsed().as_secs_f32(),
         "model loaded"
     );
-}
-
-/// Has the system provide the pages' memory before prompts need it, without disturbing those that do already.
-fn warm(kv: &KvPages) -> anyhow::Result<()> {
-    let (pieces, begun) = (kv.pieces(), Instant::now());
-    let warm = move || {
-        // Of this thread alone. At the usual priority it would merely be done sooner.
-        let _ = rustix::process::setpriority_process(None, 19);
-        for piece in pieces {
-            if let Err(error) = piece.populate() {
-                tracing::warn!(%error, "KV memory is taken as it is used: not all of it can be had beforehand");
-                return;
-            }
-        }
-        tracing::info!(seconds = begun.elapsed().as_secs_f32(), "KV memory is warm");
-    };
-    std::thread::Builder::new().name("kv-warm".into()).spawn(warm).context("a thread to warm KV memory")?;
-    Ok(())
 }

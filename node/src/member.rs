@@ -36,7 +36,7 @@ impl Member {
 
     /// Introduces the node to the router, and again whenever the connection was lost.
     pub fn join(&self, router: String, hello: Hello) {
-        tokio::spawn(self.clone().keep_joined(router, hello));
+        self.runtime.spawn(self.clone().keep_joined(router, hello));
     }
 
     /// Tells the node's loop something.

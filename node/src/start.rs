@@ -172,6 +172,8 @@ pub struct Parts<E: Engine, K> {
     pub kernels: K,
     /// Where the loop shows its state.
     pub board: Arc<Board>,
+    /// Has the node join the cluster, which sends it requests from then on: to be called once the loop has its memory.
+    pub join: Box<dyn FnOnce() + Send>,
 }
 
 /// What a node does once it has its parts.
@@ -264,7 +266,6 @@ impl Started {
             paths: options.transport.0.clone(),
             #[cfg(feature = "rdma")]
             rdma_devices: options.rdma_devices.clone(),
-            // Peers may connect before the loop, on its thread, has taken memory of the GPU and registered it.
             #[cfg(feature = "cuda")]
             gpu,
             threads: options.data_threads,
@@ -298,7 +299,7 @@ impl Started {
             transport: transport.observer(),
         });
         let member = Member::new(control, events, sender, unpark.clone());
-        member.join(options.router.clone(), hello);
+        let (joining, router) = (member.clone(), options.router.clone());
         let parts = Parts {
             clock: Clock::start(),
             cluster: Box::new(member.clone()),
@@ -308,6 +309,7 @@ impl Started {
             kv,
             kernels,
             board: Arc::clone(&status.board),
+            join: Box::new(move || joining.join(router, hello)),
         };
         let (done, mut finished) = oneshot::channel();
         std::thread::Builder::new().name(format!("{role}-loop")).spawn(move || {

@@ -47,9 +47,10 @@ impl NodeLoop for Prefill {
     }
 
     fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
-        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board } = parts;
+        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board, join } = parts;
         let (shape, staging) = (*kv.shape(), self.staging_memory);
         let outbound = Outbound::new(clock, cluster, inbox, transport, kernels, shape, staging)?;
+        join();
         Node::new(engine, kv, outbound, self.limits).showing(board).run()
     }
 }

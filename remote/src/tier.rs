@@ -8,7 +8,7 @@ use crate::url::StoreUrl;
 use std::fmt;
 use std::io;
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tandem_kv_store::tier::{Outcome, Ticket, Tier, TierError, Usage, Wake};
@@ -96,6 +96,8 @@ struct Shared {
     loads: Lane,
     stores: Lane,
     wake: Wake,
+    /// Whether a thread is about to wake the caller for refusals.
+    waking: AtomicBool,
     answers: Mutex<Vec<Answer>>,
     under_way: AtomicU64,
     damaged: AtomicU64,
@@ -140,8 +142,7 @@ impl fmt::Display for Job {
 }
 
 impl Remote {
-    /// Uses a store. Whether it is there shows when it is called. `wake` is called whenever there is an answer, from any
-    /// thread, and in the middle of a call too.
+    /// Uses a store. Whether it is there shows when it is called.
     ///
     /// # Errors
     /// When the URL cannot be used, or there are no threads.
@@ -164,6 +165,7 @@ impl Remote {
             stores: Lane::new(config.stores),
             config,
             wake,
+            waking: AtomicBool::new(false),
             answers: Mutex::default(),
             under_way: AtomicU64::new(0),
             damaged: AtomicU64::new(0),
@@ -176,19 +178,19 @@ impl Remote {
     fn begin(&self, ticket: Ticket, job: Job) {
         let shared = &self.shared;
         let limit = shared.config.queue;
-        let begun = Instant::now();
-        let busy = shared.under_way.fetch_add(1, Ordering::Relaxed) >= limit as u64;
-        let owed = Owed { shared: Arc::clone(shared), ticket, answered: false };
-        if busy {
+        if shared.under_way.load(Ordering::Relaxed) >= limit as u64 {
             drop(job);
-            return owed.answer(Err(TierError::Busy { tier: NAME, limit }));
+            return self.refuse(ticket, TierError::Busy { tier: NAME, limit });
         }
+        let begun = Instant::now();
         let left_alone = shared.lane(&job).breaker().left(begun);
         if let Some(left) = left_alone {
             let error = shared.left_alone(&job, left);
             drop(job);
-            return owed.answer(Err(error));
+            return self.refuse(ticket, error);
         }
+        shared.under_way.fetch_add(1, Ordering::Relaxed);
+        let owed = Owed { shared: Arc::clone(shared), ticket, answered: false };
         let runtime = self.runtime.as_ref().expect("it is there until the tier is dropped");
         runtime.spawn(async move {
             // The chunk's memory is let go before the answer (contract point 2), also if this is dropped half way.
@@ -198,6 +200,19 @@ impl Remote {
             drop(job);
             owed.answer(answer);
         });
+    }
+
+    /// Answers a call that is not begun. Its caller is in the middle of calling, so a thread of the tier wakes it.
+    fn refuse(&self, ticket: Ticket, error: TierError) {
+        let shared = Arc::clone(&self.shared);
+        shared.answers.lock().expect("nobody panics with it").push((ticket, Err(error)));
+        if !shared.waking.swap(true, Ordering::SeqCst) {
+            let runtime = self.runtime.as_ref().expect("it is there until the tier is dropped");
+            runtime.spawn(async move {
+                shared.waking.store(false, Ordering::SeqCst);
+                (shared.wake)();
+            });
+        }
     }
 }
 
@@ -383,8 +398,7 @@ impl Tier for Remote {
         }
         let error = self.shared.failed(&job, &format!("it has {needed} packed bytes, not {given}"));
         drop(job);
-        self.shared.under_way.fetch_add(1, Ordering::Relaxed);
-        Owed { shared: Arc::clone(&self.shared), ticket, answered: false }.answer(Err(error));
+        self.refuse(ticket, error);
     }
 
     fn load(&mut self, ticket: Ticket, key: ChunkKey, body: Extent) {

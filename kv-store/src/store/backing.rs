@@ -79,7 +79,13 @@ impl Backing {
 
     /// The next chunk to store, if fewer than `limit` are being stored.
     pub(super) fn next_write(&mut self, limit: usize) -> Option<(EntryId, ChunkKey)> {
-        if self.storing.len() < limit { self.writes.pop_front() } else { None }
+        if self.storing.len() >= limit {
+            return None;
+        }
+        let (doomed, storing) = (&self.doomed, &self.storing);
+        let free = |(_, key): &(EntryId, ChunkKey)| !doomed.contains(key) && !storing.contains(key);
+        let at = self.writes.iter().position(free)?;
+        self.writes.remove(at)
     }
 
     pub(super) fn stored(

@@ -25,7 +25,7 @@ pub(super) struct Job {
     without: usize,
     /// Whether a tier was asked and has not answered.
     asking: bool,
-    /// Nothing beyond `at` is asked for.
+    /// Nothing beyond `at` is asked for, and what is answered to an earlier question is of no use.
     closed: bool,
     /// Chunks that a tier has and that are not being loaded yet, in order.
     found: VecDeque<(ChunkKey, usize)>,
@@ -54,14 +54,14 @@ pub struct Coming {
 
 impl Job {
     fn is_over(&self) -> bool {
-        self.closed && !self.asking && self.found.is_empty() && self.loading.is_empty()
+        self.closed && self.found.is_empty() && self.loading.is_empty()
     }
 }
 
 impl Store {
     /// Begins to bring what slower tiers have of this prefix into the host pool, beyond what is there; until it is there
-    /// or the deadline is over, none of it is evicted. Tells whether it was begun: it is not when there is nothing to
-    /// bring, or too many prefetches are under way.
+    /// or the deadline is over, none of it is evicted. [`Store::hold`] it after the poll that brought the last of it.
+    /// Tells whether it was begun: it is not when there is nothing to bring, or too many prefetches are under way.
     pub fn prefetch(&mut self, now: Time, tenant: Tenant, keys: &[ChunkKey], deadline: Time) -> bool {
         let keys = &keys[..keys.len().min(self.config.limits.prefetch_chunks)];
         let there = keys.iter().all(|key| self.pool.place(key) == Place::Published);
@@ -192,8 +192,11 @@ impl Store {
         };
         let tiers = self.backings.len();
         let Some(job) = self.jobs.get_mut(&id) else { return };
-        let found = found.min(job.keys.len() - job.at);
         job.asking = false;
+        if job.closed {
+            return;
+        }
+        let found = found.min(job.keys.len() - job.at);
         job.tier = (tier + 1) % tiers;
         // It does not have the chunk after those either.
         job.without = if found > 0 { 1 } else { job.without + 1 };

@@ -511,28 +511,43 @@ pub(crate) fn reconnects_without_old_windows<C: Cluster>() {
 
 /// Point 13.
 pub(crate) fn notices_the_dead<C: Cluster>() {
-    let mut bench = Bench::<C>::connected(3, 16);
+    const UNDER_WAY: u64 = 16;
+    let mut bench = Bench::<C>::connected(3, UNDER_WAY as usize + 1);
     let window = bench.open(1, 0, 0..8 << 20);
-    // More than any path delivers before the next line.
-    const LAST: u64 = 16;
-    for ticket in 1..=LAST {
-        let source = bench.extent(0, 0..8 << 20);
-        bench.submit(0, 1, Write { ticket, source, window, offset: 0, immediate: 0 }).unwrap();
+    let source = bench.extent(0, 0..8 << 20);
+    let write = |ticket| Write { ticket, source: source.clone(), window, offset: 0, immediate: 0 };
+    for ticket in 0..UNDER_WAY {
+        bench.submit(0, 1, write(ticket)).unwrap();
     }
     bench.cluster.kill(1);
-    let dead = bench.cluster.id(1);
     let begun = Instant::now();
+    // Any of those may have been delivered while it died, and this one cannot be.
+    let late = bench.submit(0, 1, write(UNDER_WAY));
+    let dead = bench.cluster.id(1);
     for node in [0, 2] {
         bench.expect(node, |e| matches!(e, Event::Severed { peer, .. } if *peer == dead));
     }
     assert!(begun.elapsed() < Duration::from_secs(2), "noticed only after {:?}", begun.elapsed());
-    assert_eq!(bench.failed(0, LAST), FailReason::Severed);
+    let mut reports = BTreeMap::new();
+    for event in std::mem::take(&mut bench.events[0]) {
+        let (ticket, sent) = match event {
+            Event::Sent { ticket, .. } => (ticket, true),
+            Event::Failed { ticket, reason: FailReason::Severed, .. } => (ticket, false),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(reports.insert(ticket, sent), None, "ticket {ticket} is reported twice");
+    }
+    match late {
+        Ok(()) => assert_eq!(reports.remove(&UNDER_WAY), Some(false), "it was dead before"),
+        // A path alone may end sooner than the next line.
+        Err(error) => assert_eq!(error, SubmitError::NotConnected { peer: dead }),
+    }
+    assert!(reports.into_keys().eq(0..UNDER_WAY), "each ticket once, before the end");
     // The living are not disturbed.
     let window = bench.open(2, 0, 0..1000);
-    let ticket = LAST + 1;
-    let write = Write { ticket, source: bench.extent(0, 0..1000), window, offset: 0, immediate: 4 };
+    let write = Write { ticket: 100, source: bench.extent(0, 0..1000), window, offset: 0, immediate: 4 };
     bench.submit(0, 2, write).unwrap();
-    bench.sent(0, ticket);
+    bench.sent(0, 100);
     bench.landed(2, 4);
 }
 

@@ -916,7 +916,8 @@ impl Core {
             (Step::Body, Err(error)) => self.end(id, State::Free, Some(&error), now.since),
             (Step::Header, Ok(())) => self.go(id, Step::List),
             (Step::Header | Step::List, Err(error)) => {
-                // Whatever of it was written goes again.
+                // Whatever of it was written goes again, and nobody joins it.
+                op.late = true;
                 let tickets = std::mem::take(&mut op.tickets);
                 for ticket in tickets {
                     self.fail(ticket, error.to_string());
@@ -947,14 +948,11 @@ impl Core {
         if state == State::Free {
             self.shelf(class).free.push_back(slot);
         }
-        let clear = matches!(kind, Kind::Clear);
         for ticket in tickets {
-            match error {
-                Some(error) => self.fail(ticket, error.to_string()),
-                None => {
-                    let outcome = if clear { Outcome::Removed } else { Outcome::Stored };
-                    self.answers.push((ticket, Ok(outcome)));
-                }
+            match (error, &kind) {
+                (Some(error), _) => self.fail(ticket, error.to_string()),
+                (None, Kind::Clear) => self.answers.push((ticket, Ok(Outcome::Removed))),
+                (None, _) => self.answers.push((ticket, Ok(Outcome::Stored))),
             }
         }
         if let Kind::Store { key, after, .. } = kind {

@@ -49,7 +49,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -59,6 +59,8 @@ use tandem_proto::stored::ChunkHeader;
 
 /// Pins that may wait for the tier's thread, which takes them in as soon as it runs.
 const PINS: usize = 1 << 16;
+/// The largest depth that is used.
+const MAX_DEPTH: usize = 1024;
 /// Transfers that threads have under way at most, where there is no io_uring.
 const MAX_THREADS: usize = 32;
 
@@ -73,7 +75,7 @@ pub struct DiskConfig {
     pub policy: PolicyKind,
     /// How old a chunk may be that is found: as old as it likes if there is none. Counted in seconds.
     pub ttl: Option<Duration>,
-    /// Loads that are under way at most, and stores.
+    /// Loads that are under way at most, and stores: 1 to 1,024.
     pub depth: usize,
     /// Calls that are not answered at most.
     pub queue: usize,
@@ -155,6 +157,8 @@ struct Shared {
     usage: Mutex<Usage>,
     /// Calls whose answer was not taken.
     under_way: AtomicUsize,
+    /// There are answers that are not the thread's. It wakes the caller for them, who may hold anything while it calls.
+    refused: AtomicBool,
     closed: AtomicBool,
     bell: Arc<OwnedFd>,
     wake: Wake,
@@ -188,7 +192,7 @@ impl DiskTier {
             dir: dir.clone(),
             budget: config.budget_bytes,
             ttl_s: config.ttl.map(|ttl| u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX)),
-            depth: config.depth.max(1),
+            depth: depth(config),
             deadline: config.deadline,
             policy: config.policy,
         };
@@ -210,11 +214,13 @@ impl DiskTier {
             answers: Mutex::default(),
             usage: Mutex::new(usage),
             under_way: AtomicUsize::new(0),
+            refused: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             bell,
             wake,
         });
-        let (alive, over) = channel();
+        // Nothing is ever sent: it is closed.
+        let (alive, over) = sync_channel(0);
         let thread = thread::Builder::new().name("tier-disk".into());
         let theirs = Arc::clone(&shared);
         let thread =
@@ -232,8 +238,8 @@ impl DiskTier {
         if self.shared.under_way.load(Ordering::Relaxed) >= self.queue {
             let busy = TierError::Busy { tier: NAME, limit: self.queue };
             self.shared.answers().push((ticket, Err(busy)));
-            (self.shared.wake)();
-            return;
+            self.shared.refused.store(true, Ordering::Release);
+            return self.shared.ring();
         }
         self.shared.under_way.fetch_add(1, Ordering::Relaxed);
         self.shared.calls().push_back(call);
@@ -241,8 +247,13 @@ impl DiskTier {
     }
 }
 
+/// Each load and each store that may be under way has 28 KiB of memory, so there is a bound to how many.
+fn depth(config: &DiskConfig) -> usize {
+    config.depth.clamp(1, MAX_DEPTH)
+}
+
 fn io_for(config: &DiskConfig, bell: &Arc<OwnedFd>) -> std::io::Result<Box<dyn io::Io>> {
-    let depth = config.depth.max(1) * 2;
+    let depth = depth(config) * 2;
     let threads = || Ok(Box::new(io::Threads::new(depth.min(MAX_THREADS), bell)?) as Box<dyn io::Io>);
     match config.io {
         DiskIo::Threads => threads(),
@@ -348,7 +359,7 @@ impl std::fmt::Debug for Shared {
 }
 
 /// The tier's thread. It holds the lock as long as it may write.
-fn work(mut core: Core, shared: &Shared, lock: Lock, alive: Sender<()>) {
+fn work(mut core: Core, shared: &Shared, lock: Lock, alive: SyncSender<()>) {
     let began = Instant::now();
     let now = || {
         let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -366,7 +377,8 @@ fn work(mut core: Core, shared: &Shared, lock: Lock, alive: Sender<()>) {
         core.run(now());
         *shared.usage.lock().expect("nobody panics with it") = core.usage();
         let answers = core.answers();
-        if !answers.is_empty() {
+        let refused = shared.refused.swap(false, Ordering::AcqRel);
+        if !answers.is_empty() || refused {
             shared.answers().extend(answers);
             (shared.wake)();
         }

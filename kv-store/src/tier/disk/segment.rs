@@ -242,6 +242,14 @@ impl Place {
         Ok(files)
     }
 
+    /// A segment that says it has these chunks, and takes no room for them.
+    #[cfg(test)]
+    pub(super) fn create_sparse(&self, records: &[Option<Record>]) {
+        let files = self.open_files(OFlags::CREATE).unwrap();
+        files.slab.set_len(self.class.entry(records.len() as u32)).unwrap();
+        self.write_index(&files.index, records).unwrap();
+    }
+
     fn write_index(&self, index: &File, records: &[Option<Record>]) -> io::Result<()> {
         let entries = records.len() as u32;
         let mut bytes = Vec::with_capacity(1 << 20);

@@ -166,6 +166,32 @@ fn a_flipped_bit_is_noticed() {
 }
 
 #[test]
+fn a_chunk_in_anothers_place_is_noticed() {
+    let dir = TestDir::new();
+    // Segments of one entry each.
+    let config = config(&dir, 10 * SEGMENT);
+    let mut first = caller(&config);
+    for number in 0..3 {
+        first.store(&whole(number)).unwrap();
+    }
+    drop(first);
+    let slabs = dir.files("slab");
+    let moved = fs::read(&slabs[0]).unwrap();
+    fs::write(&slabs[1], moved).unwrap();
+    let mut again = caller(&config);
+    let damaged = (0..3).filter(|number| {
+        let (header, body) = whole(*number);
+        match again.load(header.key, body.len()) {
+            Ok(loaded) => assert!(loaded == (header, body)),
+            Err(TierError::Damaged { .. }) => return true,
+            Err(error) => panic!("{error}"),
+        }
+        false
+    });
+    assert_eq!(damaged.count(), 1);
+}
+
+#[test]
 fn one_process_has_it() {
     let dir = TestDir::new();
     let config = config(&dir, 6 * SEGMENT);
@@ -404,4 +430,36 @@ fn a_disk_that_fails_loses_chunks_and_never_changes_them() {
         }
         fail += 1;
     }
+}
+
+#[test]
+fn a_million_chunks_are_known_soon() {
+    const CHUNKS: u32 = 1 << 20;
+    let dir = TestDir::new();
+    let class = segment::Class { header_bytes: 4096, body_bytes: 4096 };
+    let key = |number: u64| {
+        let mut key = [0; 32];
+        // Spread over the first bytes, as hashes are.
+        key[..8].copy_from_slice(&number.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes());
+        ChunkKey(key)
+    };
+    for number in 0..CHUNKS / segment::MAX_ENTRIES {
+        let place = segment::Place { dir: dir.0.clone(), number, class };
+        let records: Vec<_> = (0..segment::MAX_ENTRIES)
+            .map(|entry| {
+                let sequence = u64::from(number) << 32 | u64::from(entry);
+                let stamp = segment::Stamp { sequence, at_s: 1 };
+                Some(segment::Record { key: key(sequence), stamp, body_bytes: 4096 })
+            })
+            .collect();
+        place.create_sparse(&records);
+    }
+    let config = config(&dir, 16 << 30);
+    let began = Instant::now();
+    let mut tier = caller(&config);
+    let took = began.elapsed();
+    assert_eq!(tier.usage().chunks, u64::from(CHUNKS));
+    assert_eq!(tier.found(&[key(0), key(1), key(3 << 32), key(4 << 32)]), 3);
+    println!("{CHUNKS} chunks are known after {took:?}");
+    assert!(took < Duration::from_secs(20), "{took:?}: a busy machine takes long, but not so long");
 }
