@@ -10,7 +10,7 @@ use tandem_engine::{Engine, Progress, Sequence};
 use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, CacheShown, Next, ReusedTokens, Shown};
-use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId, Time};
+use tandem_proto::ids::{ChoiceIdx, ChunkIdx, LayerIdx, PageId, RequestId, Time};
 use tandem_proto::keys::{ChunkKey, chunk_keys};
 use tandem_proto::wire::{CachedTokens, FirstTokens, Load, Message, RequestError, Sampled};
 use tracing::field::display;
@@ -60,6 +60,8 @@ struct Running {
     cached: CachedTokens,
     /// Chunks that are on their way from the store. It computes nothing before.
     loading: Option<LoadId>,
+    /// Where the computed tokens begin whose KV waits to be written at the prompt's last step.
+    unsaid: Option<u32>,
     /// The handoff is over (or there is none); only a step that is running may still use the pages.
     over: bool,
 }
@@ -70,6 +72,8 @@ struct Share {
     start: u32,
     end: u32,
     last: bool,
+    /// Its layers are written as they are computed.
+    says: bool,
 }
 
 impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
@@ -379,7 +383,8 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             self.computing.push_back(request);
         }
         let cached = CachedTokens { pages: in_pages, ..CachedTokens::default() };
-        let running = Running { prompt, pages, computed: in_pages, cached, loading, over: false };
+        let running =
+            Running { prompt, pages, computed: in_pages, cached, loading, unsaid: None, over: false };
         self.running.insert(request, running);
         Ok(())
     }
@@ -412,8 +417,9 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             }
             budget -= take;
             let (start, end) = (running.computed, running.computed + take);
-            shares.push(Share { request: *request, start, end, last: end == total });
+            shares.push(Share { request: *request, start, end, last: end == total, says: true });
         }
+        self.choose_when_to_write(&mut shares);
         let batch: Vec<_> = shares
             .iter()
             .map(|share| {
@@ -431,7 +437,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         let result = self.engine.step(&batch, &mut self.kv, &mut |progress, pages| {
             match progress {
                 Progress::Layer(layer) => {
-                    for share in &shares {
+                    for share in shares.iter().filter(|share| share.says) {
                         for chunk in share.start / kv.chunk_tokens..share.end.div_ceil(kv.chunk_tokens) {
                             outbound.ready(share.request, ChunkIdx(chunk), layer);
                         }
@@ -459,6 +465,28 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             Err(error) => {
                 for share in shares {
                     self.give_up(share.request, RequestError::Internal(error.to_string()));
+                }
+            }
+        }
+    }
+
+    /// Between GPUs a prompt's KV is written as one burst at its last step, which is far longer than the link needs: a
+    /// link in use takes power from a GPU at its limit, two or three percent of prefill's speed, for as long as layers
+    /// trickle. On slower paths each layer goes when it is computed.
+    fn choose_when_to_write(&mut self, shares: &mut [Share]) {
+        let kv = self.engine.info().kv;
+        for share in shares {
+            let Some(running) = self.running.get_mut(&share.request) else { continue };
+            let in_a_burst =
+                running.prompt.decode.is_some_and(|decode| self.outbound.is_between_gpus(decode.node));
+            share.says = share.last || !in_a_burst;
+            if !share.says {
+                running.unsaid.get_or_insert(share.start);
+            } else if let Some(from) = running.unsaid.take() {
+                for chunk in from / kv.chunk_tokens..share.start / kv.chunk_tokens {
+                    for layer in (0..kv.layers).map(LayerIdx) {
+                        self.outbound.ready(share.request, ChunkIdx(chunk), layer);
+                    }
                 }
             }
         }

@@ -11,7 +11,7 @@ use tandem_proto::handoff::{Push, Sender, SenderAction, SenderConfig};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
 use tandem_proto::wire::{Destination, Handoff, Message, RequestError, Sampled};
-use tandem_transport::{Event, SubmitError, Transport, Write};
+use tandem_transport::{Event, Path, SubmitError, Transport, Write};
 
 /// Everything that goes on between two layers of a step: it never touches the engine or the page pool, and
 /// leaves what concerns those (`arrived`, `ended`) for the node's loop to take.
@@ -285,6 +285,11 @@ impl<K: Kernels> Outbound<K> {
                 self.sender.ready(prompt.request, ChunkIdx(chunk), LayerIdx(layer));
             }
         }
+    }
+
+    /// Whether KV goes to a decode node from GPU to GPU.
+    pub(crate) fn is_between_gpus(&self, to: NodeId) -> bool {
+        self.transport.path(to) == Some(Path::CudaIpc)
     }
 
     /// A layer of a chunk is in the pages.

@@ -82,13 +82,14 @@ const CHUNKS: usize = 64;
 const LAUNCHES: usize = 32;
 /// The same to or from the host: one follows on the other without a gap.
 const HOST_LAUNCHES: usize = 8;
-/// Before the engine's work that waits for multiprocessors: KV that is ready is what another node, or a prompt, waits for.
-/// The driver takes the nearest priority that it has.
+/// Before the engine's work that waits for multiprocessors: a prompt waits for what comes from the host. The driver takes
+/// the nearest priority that it has.
 const PRIORITY: i32 = -5;
-/// Nobody waits for what is kept.
+/// After the engine's work: nobody waits for what is kept, and what is handed over goes in gaps that the engine's
+/// kernels leave, where blocks of microseconds delay none of them.
 const LOW_PRIORITY: i32 = 0;
-/// A layer is packed in microseconds, and the rest of the GPU goes on with the engine's work.
-const SHARE: Share = Share { checksum: true, multiprocessors: NonZeroU32::new(32) };
+/// Small blocks on the whole GPU: they are soon over.
+const SHARE: Share = Share { checksum: true, multiprocessors: None };
 /// The link to the host is an order of magnitude slower than the GPU's memory.
 const HOST_SHARE: Share = Share { checksum: true, multiprocessors: NonZeroU32::new(16) };
 
@@ -102,7 +103,7 @@ impl CudaPacker {
         let limits = PlanLimits { chunks: CHUNKS, pages, layers: 1 };
         Ok(CudaPacker {
             kernels: Arc::clone(kernels),
-            within: Lane::new(kernels, limits, LAUNCHES, PRIORITY, SHARE)?,
+            within: Lane::new(kernels, limits, LAUNCHES, LOW_PRIORITY, SHARE)?,
             to_host: Lane::new(kernels, limits, HOST_LAUNCHES, LOW_PRIORITY, HOST_SHARE)?,
             from_host: Lane::new(kernels, limits, HOST_LAUNCHES, PRIORITY, HOST_SHARE)?,
         })

@@ -14,7 +14,7 @@ use tandem_proto::ids::{LayerIdx, NodeId, SlotEpoch, SlotId};
 use tandem_proto::wire::{self, Handoff, LeaseToken, Message};
 use tandem_transport::sim::{SimNetwork, SimTransport};
 use tandem_transport::{
-    Event, FailReason, RegionId, SubmitError, Transport, TransportError, Window, Write, control,
+    Event, FailReason, Path, RegionId, SubmitError, Transport, TransportError, Window, Write, control,
 };
 
 /// One rule of the handoff that a cluster breaks.
@@ -239,6 +239,10 @@ impl Transport for WatchedTransport {
         if self.broken != Some(Break::StaleEpochAccepted) {
             self.inner.close_window(window);
         }
+    }
+
+    fn path(&self, peer: NodeId) -> Option<Path> {
+        self.inner.path(peer)
     }
 
     fn connect(&mut self, peer: NodeId, address: SocketAddr) {

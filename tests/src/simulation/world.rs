@@ -15,9 +15,9 @@ use tandem_kv_store::{HostPool, PoolConfig, Store, StoreConfig, StoreLimits};
 use tandem_node::{Clock, ClockHand, Next, NodeEvent, inbox};
 use tandem_proto::ids::{NodeId, Time};
 use tandem_proto::wire::{self, CachedTokens, Handoff, Message, RequestError};
-use tandem_transport::Event;
 use tandem_transport::control::ControlEvent;
 use tandem_transport::sim::{SimConfig, SimNetwork, SimTransport};
+use tandem_transport::{Event, Path};
 
 const ROUTER: NodeId = NodeId(1);
 const MAX_POSITIONS: u32 = 128;
@@ -48,7 +48,13 @@ impl Weather {
     /// once and with such that take their time.
     #[must_use]
     pub fn of(seed: u64) -> Weather {
-        let fair = SimConfig { write_limit: 8, detect_us: 450_000..=900_000, ..SimConfig::default() };
+        let fair = SimConfig {
+            write_limit: 8,
+            detect_us: 450_000..=900_000,
+            // Prompts are written as they are computed, or in one burst.
+            path: (seed / 16 % 2 == 1).then_some(Path::CudaIpc),
+            ..SimConfig::default()
+        };
         let rough = SimConfig { loss: 0.02, stall: 0.005, latency_us: 20..=3_000, ..fair.clone() };
         let calm = Weather {
             network: fair,
