@@ -49,7 +49,7 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -219,7 +219,8 @@ impl DiskTier {
             bell,
             wake,
         });
-        let (alive, over) = channel();
+        // Nothing is ever sent: it is closed.
+        let (alive, over) = sync_channel(0);
         let thread = thread::Builder::new().name("tier-disk".into());
         let theirs = Arc::clone(&shared);
         let thread =
@@ -358,7 +359,7 @@ impl std::fmt::Debug for Shared {
 }
 
 /// The tier's thread. It holds the lock as long as it may write.
-fn work(mut core: Core, shared: &Shared, lock: Lock, alive: Sender<()>) {
+fn work(mut core: Core, shared: &Shared, lock: Lock, alive: SyncSender<()>) {
     let began = Instant::now();
     let now = || {
         let unix = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();

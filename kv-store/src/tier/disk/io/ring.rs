@@ -128,10 +128,8 @@ impl Io for Ring {
 
     fn reap(&mut self, done: &mut Vec<Done>) {
         self.tasks.reap(done);
-        while let Some(entry) = {
-            let entry = self.ring.completion().next();
-            entry
-        } {
+        // In a block, so that the queue is let go before a transfer goes on.
+        while let Some(entry) = { self.ring.completion().next() } {
             done.extend(self.ended(entry.user_data(), entry.result()));
             while self.under_way.len() < self.room
                 && let Some((token, transfer)) = self.waiting.pop_front()
