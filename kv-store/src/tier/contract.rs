@@ -23,8 +23,8 @@ const LEAST: u64 = 8;
 /// Chunks that are stored to fill a tier under test for certain.
 const MOST: u64 = 64;
 
-/// Checks a tier against all points of its contract. `open` makes one that is empty, is nobody else's, and whose budget
-/// has room for 8 to 60 chunks of [`SHAPE`]; it is called once for each point.
+/// Checks a tier against all points of its contract. `open` makes one that is empty, is nobody else's, and whose budget,
+/// if it has one, has room for 8 to 60 chunks of [`SHAPE`]; it is called once for each point.
 ///
 /// # Panics
 /// When the tier breaks the contract.
@@ -173,6 +173,11 @@ impl Caller {
         self.tier.pin(key, pinned);
     }
 
+    /// Whether the tier has a budget, and knows what it holds. One whose place others fill too does not.
+    pub fn keeps_books(&mut self) -> bool {
+        self.usage().budget > 0
+    }
+
     /// What the tier holds.
     pub fn usage(&mut self) -> Usage {
         let usage = self.tier.usage();
@@ -220,7 +225,7 @@ fn whole_chunks_come_back_as_they_were(caller: &mut Caller) {
         assert_eq!(caller.store(&chunk), Ok(Outcome::Stored));
         assert_eq!(caller.found(&[chunk.0.key]), 1);
         assert!(caller.intact(&chunk));
-        assert_eq!(caller.usage().chunks, number + 1);
+        assert!(!caller.keeps_books() || caller.usage().chunks == number + 1);
     }
     for number in 0..3 {
         assert!(caller.intact(&whole(number)), "others do not change it");
@@ -291,6 +296,9 @@ fn memory_is_let_go_with_the_answer(caller: &mut Caller) {
 }
 
 fn the_budget_holds_and_pins_too(caller: &mut Caller) {
+    if !caller.keeps_books() {
+        return;
+    }
     let pinned = whole(0);
     assert_eq!(caller.store(&pinned), Ok(Outcome::Stored));
     caller.pin(pinned.0.key, true);
