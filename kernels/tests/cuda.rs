@@ -534,7 +534,7 @@ fn host_rates(
     let shape = *kv.shape();
     let len = shape.packed_bytes(shape.chunk_tokens);
     let parts: Vec<DeviceExtent> = (0..chunks.len())
-        .map(|chunk| memory.part(chunk * len..(chunk + 1) * len).unwrap().from_device().unwrap())
+        .map(|chunk| memory.part(chunk * len..(chunk + 1) * len).unwrap().mapped_on_device().unwrap())
         .collect();
     let whole: Vec<Chunk<'_>> = (chunks.iter().zip(&parts))
         .map(|(pages, part)| Chunk { tokens: shape.chunk_tokens, pages, place: Place::Packed(part) })

@@ -273,7 +273,7 @@ impl Extent {
     /// The extent's own bytes, as the GPU that the region was pinned for reaches them; none if it was not.
     #[cfg(feature = "cuda")]
     #[must_use]
-    pub fn from_device(&self) -> Option<DeviceExtent> {
+    pub fn mapped_on_device(&self) -> Option<DeviceExtent> {
         let mapped = self.region.mapped.as_ref()?;
         let whole = DeviceRegion::of_host(mapped, Arc::clone(&self.region));
         whole.extent(self.start..self.start + self.len).ok()

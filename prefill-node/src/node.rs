@@ -141,10 +141,8 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             Next::Finished
         } else {
             let now = self.outbound.clock.now();
-            let awaits = |prompt: &Prompt| prompt.awaits.filter(|until| *until > now);
-            let until =
-                |prompt: &Box<Prompt>| awaits(prompt).map_or(prompt.deadline, |at| at.min(prompt.deadline));
-            let waiting = self.waiting.iter().map(until);
+            let awaited = self.waiting.iter().filter_map(|prompt| prompt.awaits).filter(|until| *until > now);
+            let waiting = self.waiting.iter().map(|prompt| prompt.deadline).chain(awaited);
             Next::Wait(waiting.chain(self.outbound.next_deadline()).min())
         }
     }

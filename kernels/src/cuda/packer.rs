@@ -120,8 +120,8 @@ impl CudaPacker {
     ) -> Result<(), PackError> {
         let (lane, packed) = match (packed.on_device(), way) {
             (Some(packed), _) => (&mut self.within, Some(packed)),
-            (None, Way::Pack) => (&mut self.to_host, packed.from_device()),
-            (None, Way::Scatter) => (&mut self.from_host, packed.from_device()),
+            (None, Way::Pack) => (&mut self.to_host, packed.mapped_on_device()),
+            (None, Way::Scatter) => (&mut self.from_host, packed.mapped_on_device()),
         };
         let here = self.kernels.device();
         let packed = packed.filter(|packed| packed.region().device().ordinal() == here.ordinal());

@@ -63,7 +63,7 @@ impl Weather {
             partitions: false,
             late_completions: false,
             slow_kernels: seed / 4 % 2 == 1,
-            bad_tier: seed / 8 % 4 != 0,
+            bad_tier: !(seed / 8).is_multiple_of(4),
         };
         let restless =
             Weather { network: rough.clone(), cancels: true, late_completions: true, ..calm.clone() };
@@ -115,7 +115,7 @@ struct Actor {
 }
 
 enum Kind {
-    Prefill(prefill_node::Node<ChainEngine, SimKernels>),
+    Prefill(Box<prefill_node::Node<ChainEngine, SimKernels>>),
     Decode(decode_node::Node<ChainEngine, SimKernels>),
 }
 
@@ -236,7 +236,7 @@ impl World {
             }
             let step_tokens = SHAPE.chunk_tokens * self.rng.between(1, 4) as u32;
             let limits = prefill_node::Limits { step_tokens, max_waiting: 64 };
-            Kind::Prefill(prefill_node::Node::new(engine, kv, outbound, limits))
+            Kind::Prefill(Box::new(prefill_node::Node::new(engine, kv, outbound, limits)))
         } else {
             let pages = self.rng.between(45, 90) as u32;
             let kv = SimPages::new(pages);
