@@ -195,11 +195,11 @@ fn a_closed_window_is_its_owners(path: Path) {
     assert!(in_the_middle > 6);
 }
 
-/// Failed on either side in the middle of writes of every kind, NCCL's lane leaves the rest to TLS; every byte lands once,
+/// Failed on either side in the middle of writes of every kind, NCCL's lane leaves the rest to QUIC; every byte lands once,
 /// and the lane is made anew.
 #[test]
 fn what_nccl_leaves_goes_another_way() {
-    let Some([mut writer, mut reader]) = ends("failed", &[Path::Nccl, Path::Tls]) else { return };
+    let Some([mut writer, mut reader]) = ends("failed", &[Path::Nccl, Path::Quic]) else { return };
     let (stream, from) = (reader.device.stream().unwrap(), writer.device.stream().unwrap());
     let mut in_the_middle = 0;
     for round in 0..8usize {

@@ -270,13 +270,14 @@ impl NcclLane {
             }
             let staged = self.started(&gathered)?;
             drop(open);
+            // First, so that both sides begin at once.
+            work.channel.say(&Message::Parcel { bytes: bytes as u32, begun }.encode())?;
             if bytes > 0 {
                 let since = Instant::now();
                 let mark = work.out.send(&slot.part(0..bytes)?, Some(&staged), since + STALL)?;
                 work.sends.push_back((since, mark));
             }
             work.staged.push_back((bytes > 0).then_some(staged));
-            work.channel.say(&Message::Parcel { bytes: bytes as u32, begun }.encode())?;
         }
         Ok(any)
     }

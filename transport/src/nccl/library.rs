@@ -24,6 +24,10 @@ const CONFIG_MAGIC: c_uint = 0xcafe_beef;
 const UNDEFINED: c_int = c_int::MIN;
 /// Multiprocessors of a communicator: what else the GPU computes has the others.
 const MAX_BLOCKS: c_int = 32;
+/// How long to look for what NCCL begins without a pause, and how often then. It makes a thread for each transfer, which is
+/// begun within a tenth of a millisecond; a communicator takes a second.
+const SOON: Duration = Duration::from_millis(1);
+const NAP: Duration = Duration::from_micros(100);
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
@@ -190,7 +194,7 @@ impl Comm {
     /// Waits until what it was asked for has begun: NCCL does on threads of its own what takes long.
     pub(super) fn settle(&mut self, what: &'static str, until: Instant) -> Result<(), Error> {
         let raw = self.raw()?;
-        let mut spins = 0u32;
+        let begun = Instant::now();
         loop {
             let mut state = SUCCESS;
             // SAFETY: the communicator lives as long as this does, and `state` is ours to write.
@@ -202,9 +206,8 @@ impl Comm {
             if Instant::now() >= until {
                 return Err(Error::TooLong(what));
             }
-            // It tells nobody when it is ready.
-            spins += 1;
-            if spins < 100 { std::thread::yield_now() } else { std::thread::sleep(Duration::from_millis(1)) }
+            // It tells nobody when it is ready. A transfer is soon, and every parcel waits for that.
+            if begun.elapsed() < SOON { std::thread::yield_now() } else { std::thread::sleep(NAP) }
         }
     }
 
