@@ -10,6 +10,7 @@ pub(super) const MAX_PIECES: usize = 128;
 
 /// What one record of the channel says.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 pub(super) enum Message {
     /// The dialler's first: what it would offer, and the communicators of both directions, its own first.
     Join { offer: Offer, ids: [[u8; ID_BYTES]; 2] },
