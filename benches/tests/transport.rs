@@ -3,8 +3,8 @@
 use serde_json::Value;
 use std::process::Command;
 
-/// Runs it; returns how it ended, what it said, and the figures.
-fn run(name: &str, args: &str) -> (bool, String, Value, String) {
+/// Runs it; returns how it ended, what it said, the figures and the picture.
+fn run(name: &str, args: &str, hosts: &[String]) -> (bool, String, Value, String) {
     let file = |end: &str| std::env::temp_dir().join(format!("tandem-{name}-{}.{end}", std::process::id()));
     let (json, svg) = (file("json"), file("svg"));
     let output = Command::new(env!("CARGO_BIN_EXE_transport"))
@@ -13,6 +13,7 @@ fn run(name: &str, args: &str) -> (bool, String, Value, String) {
         .arg(&json)
         .arg("--svg")
         .arg(&svg)
+        .args(hosts)
         .output()
         .unwrap();
     let said =
@@ -29,7 +30,11 @@ const QUICK: &str = "--rounds 1 --seconds 0.02 --pings 5 --sizes 4KiB,64KiB --un
 
 /// Each way at each point, all bytes checked by the bench itself.
 fn check(name: &str, args: &str, ways: &[&str], points: usize) -> Vec<Value> {
-    let (well, said, found, svg) = run(name, &format!("{QUICK} --ways {} {args}", ways.join(",")));
+    check_on(&[], name, args, ways, points)
+}
+
+fn check_on(hosts: &[String], name: &str, args: &str, ways: &[&str], points: usize) -> Vec<Value> {
+    let (well, said, found, svg) = run(name, &format!("{QUICK} --ways {} {args}", ways.join(",")), hosts);
     assert!(well, "{said}");
     let figures = found["figures"].as_array().unwrap();
     assert_eq!(figures.len(), ways.len() * points, "{said}");
@@ -64,10 +69,25 @@ fn both_ways() {
     check("both", "--both-ways", &WAYS[..7], 2);
 }
 
+/// The command may be any that starts the program in a folder, and the identity lies in that.
+#[test]
+fn ends_are_started_by_any_command() {
+    let dir = std::env::temp_dir().join(format!("tandem-places-{}", std::process::id()));
+    std::fs::create_dir(&dir).unwrap();
+    let place = format!("127.0.0.1 env -C {} {}", dir.display(), env!("CARGO_BIN_EXE_transport"));
+    let figures =
+        check_on(&["--hosts".into(), place.clone(), place], "places", "--peers 1,2", &WAYS[2..7], 4);
+    assert!(dir.join("tls/ca.pem").exists());
+    std::fs::remove_dir_all(dir).unwrap();
+    for figure in figures {
+        assert_eq!(figure["landed"].is_null(), figure["peers"] == 2, "one clock: {figure}");
+    }
+}
+
 #[test]
 fn what_makes_no_sense_is_refused() {
     let check = |args: &str, reason: &str| {
-        let (well, said, ..) = run("refused", args);
+        let (well, said, ..) = run("refused", args, &[]);
         assert!(!well && said.contains(reason), "{args}: {said}");
     };
     check("--both-ways --peers 2", "--both-ways is between two processes");
@@ -77,4 +97,5 @@ fn what_makes_no_sense_is_refused() {
     check("--ways nixl", "--peer PYTHON");
     check("--sizes 4KiB --extents 4096", "nothing is left to measure");
     check("--sizes 2GiB", "64 B to 1 GiB");
+    check("--hosts 10.0.0.1 10.0.0.2", "a command that starts this program");
 }

@@ -199,3 +199,38 @@ impl std::fmt::Debug for KvPages {
         write!(f, "KvPages({} pages of {:?})", self.pages, self.shape)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tandem_proto::layout::KvDtype;
+
+    #[test]
+    fn pieces_are_the_pool_once() {
+        let check = |layers, kv_heads, pages| {
+            let shape = KvShape {
+                layers,
+                kv_heads,
+                head_dim: 64,
+                page_tokens: 16,
+                chunk_tokens: 256,
+                dtype: KvDtype::F32,
+            };
+            let pool = KvPages::new(shape, pages).unwrap();
+            let mut pieces: Vec<_> =
+                pool.pieces().map(|piece| piece.offset()..piece.offset() + piece.len()).collect();
+            let most = shape.layer_page_bytes().max(2 << 20);
+            assert!(pieces.iter().all(|piece| piece.len() <= most), "{layers} layers of {pages} pages");
+            pieces.sort_by_key(|piece| piece.start);
+            let end = pieces.iter().fold(0, |end, piece| {
+                assert_eq!(piece.start, end, "{layers} layers of {pages} pages");
+                piece.end
+            });
+            assert_eq!(end, pool_bytes(&shape, pages).unwrap());
+        };
+        check(1, 1, 1);
+        check(3, 8, 1000);
+        // Pages longer than a piece.
+        check(2, 512, 3);
+    }
+}

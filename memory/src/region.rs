@@ -354,9 +354,8 @@ mod tests {
             // SAFETY: the range is the mapping, and there is a byte for each of its pages.
             let told = unsafe { libc::mincore(region.base.cast(), region.len(), there.as_mut_ptr()) };
             assert_eq!(told, 0, "{}", io::Error::last_os_error());
-            for page in range.start / PAGE..range.end.div_ceil(PAGE) {
-                assert_eq!(there[page] & 1, 1, "{range:?}: page {page}");
-            }
+            let pages = &there[range.start / PAGE..range.end.div_ceil(PAGE)];
+            assert_eq!(pages.iter().position(|there| there & 1 == 0), None, "{range:?}");
         };
         check(0..3 * HUGE_PAGE + PAGE);
         check(PAGE + 5..PAGE + 6);

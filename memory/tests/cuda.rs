@@ -210,6 +210,27 @@ fn a_region_is_a_dma_buf_where_that_can_be() {
     }
 }
 
+#[test]
+fn a_region_is_reached_by_peermem_where_that_can_be() {
+    let Some(device) = Device::open_or_skip(0) else { return };
+    let region = DeviceRegion::take(&device, 5 << 20).unwrap();
+    match region.peermem() {
+        Ok(address) => assert_eq!(address, region.address()),
+        Err(error @ CudaError::NoPeermem { .. }) => println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn what_nics_write_can_be_waited_for() {
+    let Some(device) = Device::open_or_skip(0) else { return };
+    match device.check_remote_writes() {
+        Ok(()) => device.see_remote_writes().unwrap(),
+        Err(error @ CudaError::NoRemoteWrites { .. }) => println!("skipped: {error}"),
+        Err(error) => panic!("{error}"),
+    }
+}
+
 /// Not a test of its own: what [`another_process_uses_the_memory`] starts.
 #[test]
 #[ignore = "started by another test"]
@@ -249,6 +270,7 @@ fn another_process_uses_the_memory() {
     region.extent(1000..2000).unwrap().write(&stream, &[9; 1000]).unwrap();
     assert!(region.export().is_err(), "imported memory cannot be passed on");
     assert!(matches!(region.dma_buf(), Err(CudaError::NoDmaBuf { .. })));
+    assert!(matches!(region.peermem(), Err(CudaError::NoPeermem { .. })));
     drop(region);
     // Two megabytes are the least that is taken.
     let error = DeviceRegion::import(&device, &handle, (2 << 20) + 1).unwrap_err();

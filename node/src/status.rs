@@ -125,6 +125,11 @@ impl Status {
             status["control"] = hello.control.to_string().into();
             status["data"] = hello.data.to_string().into();
             status["paths"] = paths.iter().map(|path| path.name()).collect();
+            if let Some(memory) = transport.metrics().and_then(|metrics| metrics.rdma_memory) {
+                status["rdma_memory_bytes"] = json!({
+                    "host": memory.host, "dma_buf": memory.dma_buf, "peermem": memory.peermem,
+                });
+            }
             status["peers"] = transport.peers().iter().map(peer_json).collect();
         }
         status
@@ -301,6 +306,14 @@ fn transport_exposition(out: &mut String, transport: &NetObserver) {
         exposition::head(out, &name(what), "counter", help);
         for (id, peer) in &peers {
             exposition::sample(out, &name(what), &[("peer", id)], read(peer));
+        }
+    }
+    if let Some(memory) = metrics.rdma_memory {
+        let what = name("rdma_memory_bytes");
+        exposition::head(out, &what, "gauge", "Memory registered for RDMA, by how devices come to it.");
+        let ways = [("host", memory.host), ("dma_buf", memory.dma_buf), ("peermem", memory.peermem)];
+        for (by, bytes) in ways {
+            exposition::sample(out, &what, &[("by", by)], bytes);
         }
     }
     single(out, &name("sessions_total"), "counter", "Sessions with peers.", metrics.connected);

@@ -68,7 +68,8 @@ pub struct Cluster {
     processes: Vec<Process>,
     /// Where the router's HTTP endpoint is, without a path.
     pub url: String,
-    tls: PathBuf,
+    /// Removed with it; none when others started it.
+    tls: Option<PathBuf>,
 }
 
 /// One process, and what it has logged.
@@ -205,7 +206,7 @@ impl Cluster {
         let mut cluster = Cluster {
             processes: vec![Process::start("router", "router", &options.prefill_on, &router_flags)],
             url: String::new(),
-            tls,
+            tls: Some(tls),
         };
         let control = cluster.wait_for_router();
         let node = |name: &str, binary: &str, on: &Host| {
@@ -240,6 +241,20 @@ impl Cluster {
             (up("prefill") == Some(prefill as f64) && up("decode") == Some(decode as f64)).then_some(())
         });
         cluster
+    }
+
+    /// One that others started, and will end, by the URL of its router. None when it takes no requests within so long.
+    #[must_use]
+    pub fn running(url: &str, within: Duration) -> Option<Cluster> {
+        let cluster = Cluster { processes: Vec::new(), url: url.trim_end_matches('/').to_owned(), tls: None };
+        let until = Instant::now() + within;
+        while cluster.get("/ready").is_none_or(|(status, _)| status != 200) {
+            if Instant::now() > until {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Some(cluster)
     }
 
     /// The process of this name.
@@ -352,8 +367,10 @@ impl Drop for Cluster {
                 eprintln!("--- {}\n{}", process.name, process.log());
             }
         }
-        // Left behind at worst.
-        let _ = std::fs::remove_dir_all(&self.tls);
+        if let Some(tls) = &self.tls {
+            // Left behind at worst.
+            let _ = std::fs::remove_dir_all(tls);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Processes that die, drain, or cannot start: what a client sees, and that nothing is held afterwards.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use std::io::BufRead;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -56,16 +56,17 @@ fn a_client_that_goes_away_frees_everything() {
     let mut cluster = Cluster::start(&tiny());
     let answered = cluster.post("/v1/completions", &json!({"model": "tiny", "prompt": "Once"}).to_string());
     assert_eq!(answered.0, 200);
-    wait_until_idle(&mut cluster);
-    let before = cluster.node_metric("tandem_router_node_free_pages", "decode-0");
     let (status, mut stream) = cluster.post_stream("/v1/completions", &long_stream());
     assert_eq!(status, 200);
     let mut line = String::new();
     stream.read_line(&mut line).expect("a first line");
     drop(stream);
     wait_until_idle(&mut cluster);
+    let (_, status) = cluster.node_page("decode-0", "/status");
+    let status: Value = serde_json::from_str(&status).expect("it is JSON");
+    let pages = status["kv_pages"]["all"].as_f64().expect("a number of pages");
     cluster.wait("the decode node holds pages", |cluster| {
-        (cluster.node_metric("tandem_router_node_free_pages", "decode-0") == before).then_some(())
+        (cluster.node_metric("tandem_router_node_free_pages", "decode-0")? == pages).then_some(())
     });
 }
 

@@ -42,7 +42,7 @@ pub use congestion::Congestion;
 pub use endpoint::bare_endpoint;
 pub use endpoint::{BindError, Tuning};
 pub use identity::{Identity, IdentityError};
-pub use net::counters::{PathMetrics, PeerStatus, WRITE_TIME_BOUNDS_US, WriteTimes};
+pub use net::counters::{PathMetrics, PeerStatus, RdmaMemory, WRITE_TIME_BOUNDS_US, WriteTimes};
 pub use net::lane::Path;
 pub use net::{NetConfig, NetMetrics, NetObserver, NetTransport};
 pub use tandem_proto::wire::Window;

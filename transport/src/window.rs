@@ -238,6 +238,21 @@ impl Landing {
         true
     }
 
+    /// Has the GPU see what a device wrote to the twin by itself. Before it is reported. False if the GPU fails.
+    #[cfg(all(feature = "cuda", feature = "rdma"))]
+    #[must_use]
+    pub(crate) fn see_on_twin(&self) -> bool {
+        let Some(twin) = self.extent.region().twin() else { return true };
+        let seen = twin.device().see_remote_writes();
+        seen.inspect_err(|error| tracing::error!(%error, "what has landed is lost")).is_ok()
+    }
+
+    #[cfg(all(not(feature = "cuda"), feature = "rdma"))]
+    #[must_use]
+    pub(crate) fn see_on_twin(&self) -> bool {
+        true
+    }
+
     /// Runs `report` if the window is still open: what it reports was landed before the window closed.
     #[must_use]
     pub(crate) fn complete(&self, report: impl FnOnce()) -> bool {

@@ -6,14 +6,13 @@
 use anyhow::{Context, ensure};
 use clap::Parser;
 use serde_json::{Value, json};
-use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use tandem_engine::single::{GenRequest, SingleProcess};
-use tandem_engine::{Engine, LoadFormat};
+use tandem_benches::one_process::{Load, OneProcess, made_up_model};
+use tandem_benches::plot::{self, Line, Picture};
+use tandem_benches::{ask, cpu_model, median, running_cluster};
+use tandem_engine::LoadFormat;
 use tandem_node::Device;
-use tandem_proto::ids::{ChoiceIdx, TokenId};
-use tandem_proto::wire::SamplingParams;
 use tandem_tests::processes::{Cluster, ClusterOptions};
 
 /// Measures what disaggregation adds to the first and the second token. Build the nodes first:
@@ -30,6 +29,17 @@ struct Options {
     /// Model folder. Without it, a model of 8 billion made-up numbers (Llama 3's shape), in bf16.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Make the model's weights up, from its config.json alone.
+    #[arg(long, requires = "model")]
+    dummy: bool,
+    /// A running cluster to measure, by the URL of its router, instead of starting one: of the same model, called
+    /// `bench`, with nodes that have the flags which are to be measured.
+    #[arg(
+        long,
+        value_name = "URL",
+        conflicts_with_all = ["decode_device", "transports", "prefill_flags", "decode_flags", "explain"]
+    )]
+    router: Option<String>,
     /// Whose tokenizer the made-up model has. It is given tokens, so any will do.
     #[arg(long, default_value = "models/tiny")]
     tokenizer: PathBuf,
@@ -60,183 +70,169 @@ struct Options {
     /// Where to write the figures, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where to draw the times, as SVG; of the last of --transports.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
-/// Every token of the answers, so that each leaves text: the made-up model's own mean nothing to a tokenizer.
-const ANSWER: u32 = 300;
 const ANSWER_TOKENS: u32 = 4;
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let made_up = options.model.is_none().then(|| made_up_model(&options.tokenizer)).transpose()?;
     let model = options.model.clone().or_else(|| made_up.clone()).context("one of both")?;
-    let format = if made_up.is_some() { LoadFormat::Dummy } else { LoadFormat::Files };
-    let measured = match options.device {
-        Device::Cpu => measure(on_cpu(&model, format, &options)?, &model, &options),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(ordinal) => measure(on_gpu(&model, format, ordinal, &options)?, &model, &options),
-        #[cfg(not(feature = "cuda"))]
-        Device::Cuda(_) => anyhow::bail!("this build has no CUDA: build it with --features cuda"),
-    };
+    let measured = measure(&model, &options);
     if let Some(made_up) = made_up {
         std::fs::remove_dir_all(made_up)?;
     }
     measured
 }
 
-fn on_cpu(
-    model: &Path,
-    format: LoadFormat,
-    options: &Options,
-) -> anyhow::Result<SingleProcess<tandem_engine::CpuEngine>> {
-    let load = tandem_engine::LoadOptions { format, ..Default::default() };
-    let engine = tandem_engine::CpuEngine::load(model, load)?;
-    let shape = engine.info().kv;
-    let kv = tandem_kernels::KvPages::new(shape, pages(&engine, options))?;
-    Ok(SingleProcess::new(engine, kv, options.step_tokens))
-}
-
-#[cfg(feature = "cuda")]
-fn on_gpu(
-    model: &Path,
-    format: LoadFormat,
-    ordinal: usize,
-    options: &Options,
-) -> anyhow::Result<SingleProcess<tandem_engine::CudaEngine>> {
-    let gpu = tandem_memory::cuda::Device::open(ordinal)?;
-    println!("{}", gpu.name());
-    let load = tandem_engine::CudaOptions { format, ..Default::default() };
-    let engine = tandem_engine::CudaEngine::load(model, load, &gpu)?;
-    let shape = engine.info().kv;
-    let kv = tandem_kernels::cuda::KvDevicePages::new(&gpu, shape, pages(&engine, options))?;
-    Ok(SingleProcess::new(engine, kv, options.step_tokens))
-}
-
-fn pages(engine: &impl Engine, options: &Options) -> u32 {
-    let kv = engine.info().kv;
-    (options.kv_memory / (kv.layer_page_bytes() * kv.layers as usize)) as u32
-}
-
-/// A folder with Llama 3's shape of 8 billion parameters, and a tokenizer.
-fn made_up_model(tokenizer: &Path) -> anyhow::Result<PathBuf> {
-    let dir = std::env::temp_dir().join(format!("tandem-handoff-{}", std::process::id()));
-    std::fs::create_dir_all(&dir)?;
-    for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
-        std::fs::copy(tokenizer.join(file), dir.join(file))
-            .with_context(|| format!("{} of --tokenizer {}", file, tokenizer.display()))?;
+impl Options {
+    fn format(&self) -> LoadFormat {
+        if self.dummy || self.model.is_none() { LoadFormat::Dummy } else { LoadFormat::Files }
     }
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128_256, "hidden_size": 4096,
-        "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": 128, "hidden_act": "silu", "max_position_embeddings": 40_960, "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0, "rope_scaling": null, "tie_word_embeddings": false, "attention_bias": false,
-        "mlp_bias": false, "bos_token_id": 0, "eos_token_id": 1, "torch_dtype": "bfloat16",
-    });
-    std::fs::write(dir.join("config.json"), config.to_string())?;
-    Ok(dir)
 }
 
 /// When the first two tokens came, in milliseconds.
 type Times = [f64; 2];
 
-fn measure<E: Engine>(single: SingleProcess<E>, model: &Path, options: &Options) -> anyhow::Result<()> {
-    let mut ours = OneProcess { single, prompts: 0 };
-    let kv = ours.single.engine().info().kv;
-    let mut all = Vec::new();
-    for transport in &options.transports {
-        let mut cluster = start_cluster(model, transport, options);
-        println!("\ntransport {transport}, steps of {} tokens", options.step_tokens);
-        println!(
-            "{:>7} {:>9} {:>11} {:>11} {:>9} {:>11} {:>11} {:>9}",
-            "tokens", "KV, MiB", "1st alone", "1st split", "added", "2nd alone", "2nd split", "added"
-        );
-        for tokens in &options.tokens {
-            let mut rounds: Vec<[Times; 2]> = Vec::new();
-            for round in 0..=options.rounds {
-                let prompt = ours.prompt(*tokens);
-                let alone = ours.times(prompt)?;
-                let split = cluster_times(&cluster, &ours.prompt(*tokens))?;
-                // Whatever is set up when it is first used is set up now.
-                if round > 0 {
-                    rounds.push([alone, split]);
-                }
-            }
-            let of = |figure: fn(&[Times; 2]) -> f64| median(rounds.iter().map(figure).collect());
-            println!(
-                "{tokens:>7} {:>9.1} {:>8.2} ms {:>8.2} ms {:>6.2} ms {:>8.2} ms {:>8.2} ms {:>6.2} ms",
-                kv.packed_bytes(*tokens as u32) as f64 / f64::from(1 << 20),
-                of(|[alone, _]| alone[0]),
-                of(|[_, split]| split[0]),
-                of(|[alone, split]| split[0] - alone[0]),
-                of(|[alone, _]| alone[1]),
-                of(|[_, split]| split[1]),
-                of(|[alone, split]| split[1] - alone[1]),
-            );
-            if options.explain {
-                explain(&mut cluster);
-            }
+fn measure(model: &Path, options: &Options) -> anyhow::Result<()> {
+    let mut ours = OneProcess::load(&Load {
+        model,
+        format: options.format(),
+        device: options.device,
+        threads: 0,
+        kv_memory: options.kv_memory,
+        step_tokens: options.step_tokens,
+    })?;
+    let (mut all, mut medians) = (Vec::new(), Vec::new());
+    // Of a running cluster nobody knows here what its nodes are held to.
+    let transports: Vec<Option<&str>> = match options.router {
+        Some(_) => vec![None],
+        None => options.transports.iter().map(|transport| Some(transport.as_str())).collect(),
+    };
+    for transport in transports {
+        let mut cluster = match (&options.router, transport) {
+            (None, Some(transport)) => start_cluster(model, transport, options),
+            (router, _) => running_cluster(router.as_deref().unwrap_or_default())?,
+        };
+        let what =
+            transport.map_or("the running cluster".into(), |transport| format!("transport {transport}"));
+        println!("\n{what}, steps of {} tokens", options.step_tokens);
+        let times = compare(&mut ours, &mut cluster, options)?;
+        medians = times.iter().map(|(tokens, rounds)| (*tokens, middle(rounds))).collect();
+        all.extend(times.into_iter().map(|(tokens, rounds)| {
             let rounds: Vec<Value> =
                 rounds.iter().map(|[alone, split]| json!({"alone": alone, "split": split})).collect();
-            all.push(json!({"transport": transport, "tokens": tokens, "milliseconds": rounds}));
-        }
-        for (name, value) in landed(&cluster) {
-            println!("{name} {value}");
+            json!({"transport": transport, "tokens": tokens, "milliseconds": rounds})
+        }));
+        if options.router.is_none() {
+            for (name, value) in landed(&cluster) {
+                println!("{name} {value}");
+            }
         }
     }
     if let Some(file) = &options.json {
         let command: Vec<_> = std::env::args().collect();
-        let all = json!({"cpu": tandem_benches::cpu_model(), "command": command.join(" "), "measured": all});
+        let all = json!({"cpu": cpu_model(), "command": command.join(" "), "measured": all});
         std::fs::write(file, serde_json::to_string_pretty(&all)?)
             .with_context(|| format!("{}", file.display()))?;
+    }
+    if let Some(file) = &options.svg {
+        std::fs::write(file, draw(&medians, options)).with_context(|| format!("{}", file.display()))?;
     }
     Ok(())
 }
 
-struct OneProcess<E: Engine> {
-    single: SingleProcess<E>,
-    prompts: u64,
+/// Times alone and split, of each round at each length.
+type Rounds = Vec<[Times; 2]>;
+
+fn compare(
+    ours: &mut OneProcess,
+    cluster: &mut Cluster,
+    options: &Options,
+) -> anyhow::Result<Vec<(usize, Rounds)>> {
+    let kv = ours.info().kv;
+    println!(
+        "{:>7} {:>9} {:>11} {:>11} {:>9} {:>11} {:>11} {:>9}",
+        "tokens", "KV, MiB", "1st alone", "1st split", "added", "2nd alone", "2nd split", "added"
+    );
+    let mut all = Vec::new();
+    for &tokens in &options.tokens {
+        let mut rounds = Rounds::new();
+        for round in 0..=options.rounds {
+            let alone = times_alone(ours, tokens)?;
+            let (begun, came) = ask(cluster, &ours.prompt(tokens), ANSWER_TOKENS)?;
+            // Whatever is set up when it is first used is set up now.
+            if round > 0 {
+                rounds.push([alone, first_two(begun, &came)?]);
+            }
+        }
+        let [alone, split] = middle(&rounds);
+        let added =
+            |token: usize| median(rounds.iter().map(|[alone, split]| split[token] - alone[token]).collect());
+        println!(
+            "{tokens:>7} {:>9.1} {:>8.2} ms {:>8.2} ms {:>6.2} ms {:>8.2} ms {:>8.2} ms {:>6.2} ms",
+            kv.packed_bytes(tokens as u32) as f64 / f64::from(1 << 20),
+            alone[0],
+            split[0],
+            added(0),
+            alone[1],
+            split[1],
+            added(1),
+        );
+        if options.explain {
+            explain(cluster);
+        }
+        all.push((tokens, rounds));
+    }
+    Ok(all)
 }
 
-impl<E: Engine> OneProcess<E> {
-    /// A prompt that nobody has seen, of tokens that any tokenizer has.
-    fn prompt(&mut self, len: usize) -> Vec<TokenId> {
-        self.prompts += 1;
-        let mut state = self.prompts.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut draw = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            TokenId(((state >> 33) % 4000) as u32 + 6)
-        };
-        (0..len).map(|_| draw()).collect()
-    }
-
-    fn times(&mut self, prompt: Vec<TokenId>) -> anyhow::Result<Times> {
-        let request = GenRequest {
-            prompt,
-            sampling: SamplingParams {
-                temperature: 0.0,
-                logit_bias: vec![(TokenId(ANSWER), 100.0)],
-                ..SamplingParams::default()
-            },
-            choice: ChoiceIdx(0),
-            max_tokens: ANSWER_TOKENS,
-            stop_tokens: Vec::new(),
-        };
-        let begun = Instant::now();
-        let mut came = Vec::new();
-        self.single.generate_with(&[request], &mut |_, _| came.push(begun.elapsed()))?;
-        first_two(&came)
-    }
+/// The medians.
+fn middle(rounds: &Rounds) -> [Times; 2] {
+    let of = |side: usize, token: usize| median(rounds.iter().map(|round| round[side][token]).collect());
+    [0, 1].map(|side| [0, 1].map(|token| of(side, token)))
 }
 
-fn first_two(came: &[std::time::Duration]) -> anyhow::Result<Times> {
+fn draw(medians: &[(usize, [Times; 2])], options: &Options) -> String {
+    let of = |name: &str, side: usize, token: usize| Line {
+        name: name.into(),
+        dashed: if side == 0 { plot::DASHED } else { "" },
+        points: medians.iter().map(|(tokens, times)| (*tokens, times[side][token])).collect(),
+    };
+    plot::svg(&Picture {
+        title: "Milliseconds to a token".into(),
+        under: format!("{}; {}, {} rounds", cpu_model(), options.device, options.rounds),
+        across: "tokens of the prompt",
+        label: &|tokens| tokens.to_string(),
+        lines: vec![
+            of("2nd, disaggregated", 1, 1),
+            of("2nd, one process", 0, 1),
+            of("1st, disaggregated", 1, 0),
+            of("1st, one process", 0, 0),
+        ],
+    })
+}
+
+fn times_alone(ours: &mut OneProcess, tokens: usize) -> anyhow::Result<Times> {
+    let request = ours.request(tokens, ANSWER_TOKENS);
+    let begun = Instant::now();
+    let mut came = Vec::new();
+    ours.generate(&[request], &mut |_| came.push(Instant::now()))?;
+    first_two(begun, &came)
+}
+
+fn first_two(begun: Instant, came: &[Instant]) -> anyhow::Result<Times> {
     ensure!(came.len() >= 2, "{} tokens came", came.len());
-    Ok([came[0].as_secs_f64() * 1e3, came[1].as_secs_f64() * 1e3])
+    Ok([came[0], came[1]].map(|at| (at - begun).as_secs_f64() * 1e3))
 }
 
 fn start_cluster(model: &Path, transport: &str, options: &Options) -> Cluster {
     let mut cluster = ClusterOptions::new(model);
     let words = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-    let format = if options.model.is_none() { "dummy" } else { "auto" };
+    let format = if options.format() == LoadFormat::Dummy { "dummy" } else { "auto" };
     cluster.node_flags = words(&format!(
         "--kv-memory {} --load-format {format} --transport {transport} --peer-timeout 10s",
         options.kv_memory
@@ -250,25 +246,6 @@ fn start_cluster(model: &Path, transport: &str, options: &Options) -> Cluster {
     cluster.decode_on.node_flags = words(&format!("--device {decode} {}", options.decode_flags));
     cluster.router_flags = words("--served-model-name bench --peer-timeout 10s");
     Cluster::start(&cluster)
-}
-
-fn cluster_times(cluster: &Cluster, prompt: &[TokenId]) -> anyhow::Result<Times> {
-    let tokens: Vec<_> = prompt.iter().map(|token| token.0).collect();
-    let body = json!({
-        "model": "bench", "prompt": tokens, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": true,
-        "stream": true, "logit_bias": {ANSWER.to_string(): 100},
-    });
-    let body = body.to_string();
-    let begun = Instant::now();
-    let (status, stream) = cluster.post_stream("/v1/completions", &body);
-    ensure!(status == 200, "status {status}");
-    let mut came = Vec::new();
-    for line in stream.lines() {
-        if line?.starts_with("data: {") {
-            came.push(begun.elapsed());
-        }
-    }
-    first_two(&came)
 }
 
 /// What both nodes logged of the last prompt, in microseconds since it was begun there.
@@ -295,9 +272,4 @@ fn landed(cluster: &Cluster) -> Vec<(String, String)> {
     let (_, metrics) = cluster.node_page("decode-0", "/metrics");
     let lines = metrics.lines().filter(|line| line.starts_with("tandem_transport_bytes_landed_total{"));
     lines.filter_map(|line| line.rsplit_once(' ')).map(|(a, b)| (a.to_owned(), b.to_owned())).collect()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -2,21 +2,20 @@
 //! disturbs all alike:
 //! - the engine in this process: prefill of 512 and 2,000 tokens, decode of one stream and of eight;
 //! - the peer, Hugging Face transformers, with the same threads and arithmetic, if `--peer` says where;
-//! - time to first token of 2,000-token prompts through router, prefill node and decode node, beside the same
-//!   engine in this process.
+//! - through router, prefill node and decode node, beside the same engine in this process: time to the first token of
+//!   2,000-token prompts, and decode of as many streams.
 
 use anyhow::{Context, ensure};
 use clap::Parser;
 use serde_json::{Value, json};
-use std::io::BufRead;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
-use tandem_engine::single::{GenRequest, SingleProcess};
-use tandem_engine::{CpuEngine, Engine, LoadOptions};
-use tandem_kernels::KvPages;
-use tandem_proto::ids::{ChoiceIdx, TokenId};
-use tandem_proto::wire::SamplingParams;
+use tandem_benches::one_process::{Load, OneProcess};
+use tandem_benches::plot::{self, Line, Picture};
+use tandem_benches::{ask, cpu_model, running_cluster};
+use tandem_engine::LoadFormat;
+use tandem_node::Device;
 use tandem_tests::processes::{Cluster, ClusterOptions};
 
 /// Measures serving on this machine, beside a peer. Build the nodes first:
@@ -27,9 +26,24 @@ struct Options {
     /// Model folder.
     #[arg(long, default_value = "models/tiny")]
     model: PathBuf,
-    /// Threads of each engine and of the peer.
+    /// Make the model's weights up, from its config.json alone.
+    #[arg(long)]
+    dummy: bool,
+    /// Where each engine computes: cpu or cuda:N.
+    #[arg(long, default_value = "cpu")]
+    device: Device,
+    /// Threads of each engine on a CPU, and of the peer.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Memory for KV of each process.
+    #[arg(long, default_value = "1GiB", value_parser = tandem_process::units::bytes)]
+    kv_memory: usize,
+    /// Tokens of a step, of all.
+    #[arg(long, default_value_t = 512)]
+    step_tokens: usize,
+    /// Streams that are decoded at once.
+    #[arg(long, value_delimiter = ',', default_value = "1,8", value_parser = clap::value_parser!(u16).range(1..=256))]
+    streams: Vec<u16>,
     /// How often everything is measured. Medians are reported.
     #[arg(long, default_value_t = 5)]
     rounds: usize,
@@ -39,104 +53,112 @@ struct Options {
     /// Leave the cluster out.
     #[arg(long)]
     no_cluster: bool,
+    /// A running cluster to measure, by the URL of its router, instead of starting one: of the same model, called
+    /// `bench`, with nodes that have the flags which are to be measured.
+    #[arg(long, value_name = "URL", conflicts_with = "no_cluster")]
+    router: Option<String>,
     /// Where to write the figures, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Where to draw decoding by streams, as SVG.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
 }
 
 const PREFILL: [usize; 2] = [512, 2000];
-const DECODE_CONTEXT: usize = 512;
+/// Two whole chunks and a token: a cluster that has seen them computes one token.
+const DECODE_CONTEXT: usize = 513;
 const DECODE_TOKENS: u32 = 96;
-const STREAMS: usize = 8;
-const STEP_TOKENS: usize = 512;
 const TTFT_PROMPT: usize = 2000;
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let load = LoadOptions { threads: options.threads, ..LoadOptions::default() };
-    let engine = CpuEngine::load(&options.model, load)?;
-    let kv = KvPages::new(engine.info().kv, 16_384)?;
-    let mut ours = Ours { single: SingleProcess::new(engine, kv, STEP_TOKENS), prompts: 0 };
-    let cluster = if options.no_cluster { None } else { Some(start_cluster(&options)?) };
+    let mut ours = OneProcess::load(&Load {
+        model: &options.model,
+        format: if options.dummy { LoadFormat::Dummy } else { LoadFormat::Files },
+        device: options.device,
+        threads: options.threads,
+        kv_memory: options.kv_memory,
+        step_tokens: options.step_tokens,
+    })?;
+    let cluster = match &options.router {
+        Some(router) => Some(running_cluster(router)?),
+        None if options.no_cluster => None,
+        None => Some(start_cluster(&options)?),
+    };
     let mut figures = Figures::default();
     for round in 0..options.rounds {
         eprintln!("round {} of {}", round + 1, options.rounds);
         for tokens in PREFILL {
-            figures.add(format!("prefill {tokens}, tokens/s"), ours.prefill(tokens)?);
+            figures.add(format!("prefill {tokens}, tokens/s"), prefill(&mut ours, tokens)?);
         }
-        figures.add("decode, 1 stream, tokens/s".into(), ours.decode(1)?);
-        figures.add(format!("decode, {STREAMS} streams, tokens/s"), ours.decode(STREAMS)?);
+        for &streams in &options.streams {
+            figures.add(decode_name(streams), decode(&mut ours, streams)?);
+            if let Some(cluster) = &cluster {
+                figures.add(cluster_decode_name(streams), cluster_decode(cluster, &mut ours, streams)?);
+            }
+        }
         if let Some(python) = &options.peer {
             measure_peer(python, &options, &mut figures)?;
         }
         if let Some(cluster) = &cluster {
             for _ in 0..3 {
-                figures.add("TTFT 2000, one process, ms".into(), ours.ttft()?);
-                figures.add(
-                    "TTFT 2000, disaggregated, ms".into(),
-                    cluster_ttft(cluster, &ours.prompt(TTFT_PROMPT))?,
-                );
+                let alone = TTFT_PROMPT as f64 / prefill(&mut ours, TTFT_PROMPT)? * 1e3;
+                figures.add("TTFT 2000, one process, ms".into(), alone);
+                let (begun, came) = ask(cluster, &ours.prompt(TTFT_PROMPT), 4)?;
+                let first = came.first().context("the stream has tokens")?;
+                figures.add("TTFT 2000, disaggregated, ms".into(), (*first - begun).as_secs_f64() * 1e3);
             }
         }
     }
     report(&options, &figures)
 }
 
-struct Ours {
-    single: SingleProcess<CpuEngine>,
-    prompts: u64,
+fn decode_name(streams: u16) -> String {
+    format!("decode, {streams} stream{}, tokens/s", if streams == 1 { "" } else { "s" })
 }
 
-impl Ours {
-    /// A prompt that nobody has seen.
-    fn prompt(&mut self, len: usize) -> Vec<TokenId> {
-        self.prompts += 1;
-        let vocab = u64::from(self.single.engine().info().vocab_size) - 6;
-        let mut state = self.prompts.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut draw = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            TokenId(((state >> 33) % vocab) as u32 + 6)
-        };
-        (0..len).map(|_| draw()).collect()
-    }
+fn cluster_decode_name(streams: u16) -> String {
+    decode_name(streams).replace(", tokens/s", ", disaggregated, tokens/s")
+}
 
-    fn request(&mut self, len: usize, max_tokens: u32) -> GenRequest {
-        GenRequest {
-            prompt: self.prompt(len),
-            sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
-            choice: ChoiceIdx(0),
-            max_tokens,
-            stop_tokens: Vec::new(),
-        }
-    }
+fn prefill(ours: &mut OneProcess, tokens: usize) -> anyhow::Result<f64> {
+    let request = ours.request(tokens, 1);
+    let begun = Instant::now();
+    ours.generate(&[request], &mut |_| ())?;
+    Ok(tokens as f64 / begun.elapsed().as_secs_f64())
+}
 
-    fn prefill(&mut self, tokens: usize) -> anyhow::Result<f64> {
-        let request = self.request(tokens, 1);
-        let begun = Instant::now();
-        self.single.generate(&[request])?;
-        Ok(tokens as f64 / begun.elapsed().as_secs_f64())
-    }
+fn decode(ours: &mut OneProcess, streams: u16) -> anyhow::Result<f64> {
+    let requests: Vec<_> = (0..streams).map(|_| ours.request(DECODE_CONTEXT, DECODE_TOKENS)).collect();
+    let mut came = vec![Vec::new(); requests.len()];
+    ours.generate(&requests, &mut |request| came[request].push(Instant::now()))?;
+    together(&came)
+}
 
-    fn ttft(&mut self) -> anyhow::Result<f64> {
-        Ok(TTFT_PROMPT as f64 / self.prefill(TTFT_PROMPT)? * 1e3)
+fn cluster_decode(cluster: &Cluster, ours: &mut OneProcess, streams: u16) -> anyhow::Result<f64> {
+    let prompts: Vec<_> = (0..streams).map(|_| ours.prompt(DECODE_CONTEXT)).collect();
+    // Their KV stays with the prefill node. Otherwise the first streams would be over before the last one begins.
+    for prompt in &prompts {
+        ask(cluster, prompt, 1)?;
     }
+    let came = std::thread::scope(|scope| {
+        let asking: Vec<_> = prompts
+            .iter()
+            .map(|prompt| scope.spawn(move || ask(cluster, prompt, DECODE_TOKENS).map(|(_, came)| came)))
+            .collect();
+        let all = asking.into_iter().map(|one| one.join().map_err(|_| anyhow::anyhow!("no answer"))?);
+        all.collect::<anyhow::Result<Vec<_>>>()
+    })?;
+    together(&came)
+}
 
-    /// Tokens a second of all streams together, from when the last of them has its first token.
-    fn decode(&mut self, streams: usize) -> anyhow::Result<f64> {
-        let requests: Vec<_> = (0..streams).map(|_| self.request(DECODE_CONTEXT, DECODE_TOKENS)).collect();
-        let (mut first, mut counted, mut begun) = (vec![false; streams], 0u32, None);
-        self.single.generate_with(&requests, &mut |request, _| {
-            if begun.is_some() {
-                counted += 1;
-            }
-            first[request] = true;
-            if begun.is_none() && first.iter().all(|first| *first) {
-                begun = Some(Instant::now());
-            }
-        })?;
-        let begun = begun.context("every stream has a first token")?;
-        Ok(f64::from(counted) / begun.elapsed().as_secs_f64())
-    }
+/// Tokens a second of all streams together, from when the last of them has its first token.
+fn together(came: &[Vec<Instant>]) -> anyhow::Result<f64> {
+    let begun = came.iter().filter_map(|stream| stream.first()).max().context("streams have tokens")?;
+    let after = || came.iter().flatten().filter(|at| *at > begun);
+    let ended = after().max().context("there are tokens after the last stream's first one")?;
+    Ok(after().count() as f64 / (*ended - *begun).as_secs_f64())
 }
 
 fn start_cluster(options: &Options) -> anyhow::Result<Cluster> {
@@ -146,27 +168,15 @@ fn start_cluster(options: &Options) -> anyhow::Result<Cluster> {
         options.model.display()
     );
     let mut cluster = ClusterOptions::new(&options.model);
-    let threads = options.threads.to_string();
-    cluster.node_flags = ["--threads", &threads, "--kv-memory", "1GiB"].map(str::to_owned).to_vec();
-    cluster.router_flags = vec!["--served-model-name".into(), "bench".into()];
+    let words = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let (device, format) = (options.device, if options.dummy { "dummy" } else { "auto" });
+    cluster.node_flags = words(format!(
+        "--device {device} --load-format {format} --threads {} --kv-memory {} --peer-timeout 10s",
+        options.threads, options.kv_memory
+    ));
+    cluster.prefill_on.node_flags = words(format!("--step-tokens {}", options.step_tokens));
+    cluster.router_flags = words("--served-model-name bench --peer-timeout 10s".into());
     Ok(Cluster::start(&cluster))
-}
-
-/// Milliseconds from sending the request to the first token's text.
-fn cluster_ttft(cluster: &Cluster, prompt: &[TokenId]) -> anyhow::Result<f64> {
-    let tokens: Vec<_> = prompt.iter().map(|token| token.0).collect();
-    let body = json!({"model": "bench", "prompt": tokens, "max_tokens": 4, "temperature": 0, "ignore_eos": true, "stream": true});
-    let body = body.to_string();
-    let begun = Instant::now();
-    let (status, stream) = cluster.post_stream("/v1/completions", &body);
-    ensure!(status == 200, "status {status}");
-    let mut first = None;
-    for line in stream.lines() {
-        if line?.starts_with("data: {") && first.is_none() {
-            first = Some(begun.elapsed());
-        }
-    }
-    Ok(first.context("the stream has tokens")?.as_secs_f64() * 1e3)
 }
 
 fn measure_peer(python: &Path, options: &Options, figures: &mut Figures) -> anyhow::Result<()> {
@@ -219,7 +229,6 @@ fn report(options: &Options, figures: &Figures) -> anyhow::Result<()> {
         println!("{name:<46} {:>10.1} {least:>10.1} {most:>10.1}", figures.median(name).unwrap_or(0.0));
     }
     let one = "decode, 1 stream, tokens/s";
-    let many = format!("decode, {STREAMS} streams, tokens/s");
     let mut ratios: Vec<(String, f64)> = Vec::new();
     let mut ratio = |what: String, a: &str, b: &str| {
         if let (Some(a), Some(b)) = (figures.median(a), figures.median(b)) {
@@ -229,7 +238,13 @@ fn report(options: &Options, figures: &Figures) -> anyhow::Result<()> {
     for name in PREFILL.map(|tokens| format!("prefill {tokens}, tokens/s")).iter().chain([&one.to_owned()]) {
         ratio(format!("{name}: ours / transformers"), name, &format!("transformers: {name}"));
     }
-    ratio(format!("decode: {STREAMS} streams / 1 stream"), &many, one);
+    for streams in options.streams.iter().filter(|streams| **streams > 1) {
+        ratio(format!("decode: {streams} streams / 1 stream"), &decode_name(*streams), one);
+    }
+    for &streams in &options.streams {
+        let (split, alone) = (cluster_decode_name(streams), decode_name(streams));
+        ratio(format!("decode, {streams}: disaggregated / one process"), &split, &alone);
+    }
     ratio(
         "TTFT 2000: disaggregated / one process".into(),
         "TTFT 2000, disaggregated, ms",
@@ -245,9 +260,31 @@ fn report(options: &Options, figures: &Figures) -> anyhow::Result<()> {
         let ratios: serde_json::Map<_, _> =
             ratios.into_iter().map(|(what, value)| (what, json!(value))).collect();
         let command: Vec<_> = std::env::args().collect();
-        let all = json!({"cpu": tandem_benches::cpu_model(), "threads": options.threads, "model": options.model, "command": command.join(" "), "measured": values, "ratios": ratios});
+        let all = json!({"cpu": cpu_model(), "threads": options.threads, "model": options.model, "command": command.join(" "), "measured": values, "ratios": ratios});
         std::fs::write(file, serde_json::to_string_pretty(&all)?)
             .with_context(|| format!("{}", file.display()))?;
     }
+    if let Some(file) = &options.svg {
+        std::fs::write(file, draw(options, figures)).with_context(|| format!("{}", file.display()))?;
+    }
     Ok(())
+}
+
+fn draw(options: &Options, figures: &Figures) -> String {
+    let line = |name: &str, dashed, figure: fn(u16) -> String| {
+        let mut points: Vec<_> = (options.streams.iter())
+            .filter_map(|&streams| Some((usize::from(streams), figures.median(&figure(streams))?)))
+            .collect();
+        points.sort_by_key(|point| point.0);
+        Line { name: name.into(), dashed, points }
+    };
+    let lines =
+        [line("disaggregated", "", cluster_decode_name), line("one process", plot::DASHED, decode_name)];
+    plot::svg(&Picture {
+        title: "Decoding, tokens a second of all streams".into(),
+        under: format!("{}; {}, {} rounds", cpu_model(), options.device, options.rounds),
+        across: "streams",
+        label: &|streams| streams.to_string(),
+        lines: lines.into_iter().filter(|line| !line.points.is_empty()).collect(),
+    })
 }

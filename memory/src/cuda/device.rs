@@ -8,7 +8,39 @@ pub struct Device {
     name: String,
     id: [u8; 16],
     multiprocessors: u32,
+    remote_writes: RemoteWrites,
 }
+
+/// When the GPU's own work sees what a NIC has written to its memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum RemoteWrites {
+    /// Once the NIC has told that it was written.
+    AtOnce,
+    /// Once the driver was asked to flush.
+    AfterFlush,
+    /// Nothing says when.
+    Unknown,
+}
+
+impl RemoteWrites {
+    /// From the driver's attributes: `ordering` is the widest scope that needs no flush, and `options` has a bit for
+    /// each kind of flush.
+    fn of(ordering: i32, options: i32) -> RemoteWrites {
+        use sys::CUflushGPUDirectRDMAWritesOptions as Options;
+        let host = Options::CU_FLUSH_GPU_DIRECT_RDMA_WRITES_OPTION_HOST as i32;
+        if ordering >= SCOPE as i32 {
+            RemoteWrites::AtOnce
+        } else if options & host != 0 {
+            RemoteWrites::AfterFlush
+        } else {
+            RemoteWrites::Unknown
+        }
+    }
+}
+
+/// Whoever reads a GPU's memory here is that GPU: its kernels, and the copies that other GPUs and the host are given.
+const SCOPE: sys::CUflushGPUDirectRDMAWritesScope =
+    sys::CUflushGPUDirectRDMAWritesScope::CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TO_OWNER;
 
 impl Device {
     /// How many GPUs there are.
@@ -46,7 +78,15 @@ impl Device {
             let multiprocessors =
                 context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
             let id = context.uuid()?.bytes.map(|byte| byte as u8);
-            Ok(Device { context, name, id, multiprocessors: u32::try_from(multiprocessors).unwrap_or(1) })
+            use sys::CUdevice_attribute as A;
+            // Drivers from before 11.3 do not know these.
+            let known = |attribute| context.attribute(attribute).unwrap_or(0);
+            let remote_writes = RemoteWrites::of(
+                known(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING),
+                known(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS),
+            );
+            let multiprocessors = u32::try_from(multiprocessors).unwrap_or(1);
+            Ok(Device { context, name, id, multiprocessors, remote_writes })
         });
         opened.map(Arc::new).map_err(|source| CudaError::Driver {
             device: format!("GPU {ordinal}"),
@@ -157,6 +197,34 @@ impl Device {
         Ok(can != 0)
     }
 
+    /// Whether a NIC may write this GPU's memory: only where it can be known when its work sees what was written.
+    ///
+    /// # Errors
+    /// [`CudaError::NoRemoteWrites`] if it may not.
+    pub fn check_remote_writes(&self) -> Result<(), CudaError> {
+        match self.remote_writes {
+            RemoteWrites::AtOnce | RemoteWrites::AfterFlush => Ok(()),
+            RemoteWrites::Unknown => Err(CudaError::NoRemoteWrites { device: self.name.clone() }),
+        }
+    }
+
+    /// When it returns, work that this GPU is given from now on sees what NICs had written to its memory when it was
+    /// called, as far as they have told so. Does nothing on GPUs that need no more than that.
+    ///
+    /// # Errors
+    /// When the GPU fails, or [`Device::check_remote_writes`] does.
+    pub fn see_remote_writes(&self) -> Result<(), CudaError> {
+        self.check_remote_writes()?;
+        if self.remote_writes == RemoteWrites::AtOnce {
+            return Ok(());
+        }
+        use sys::CUflushGPUDirectRDMAWritesTarget::CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX as THIS;
+        self.bind()?;
+        // SAFETY: takes no memory of ours; the context is the thread's.
+        let said = unsafe { sys::cuFlushGPUDirectRDMAWrites(THIS, SCOPE) };
+        self.said("see what a NIC has written", said.result())
+    }
+
     /// Lets this GPU's copies and kernels use the memory of another that this process has opened.
     pub(super) fn let_use(&self, peer: &Device) -> Result<(), CudaError> {
         if self.id == peer.id {
@@ -193,6 +261,19 @@ impl std::fmt::Debug for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn remote_writes_are_seen_as_the_driver_says() {
+        let check = |ordering: i32, options: i32, expected: RemoteWrites| {
+            assert_eq!(RemoteWrites::of(ordering, options), expected, "{ordering} {options}");
+        };
+        check(200, 3, RemoteWrites::AtOnce);
+        check(100, 0, RemoteWrites::AtOnce);
+        check(0, 1, RemoteWrites::AfterFlush);
+        check(0, 3, RemoteWrites::AfterFlush);
+        check(0, 2, RemoteWrites::Unknown);
+        check(0, 0, RemoteWrites::Unknown);
+    }
 
     #[test]
     fn a_system_without_a_gpu_is_told_so() {

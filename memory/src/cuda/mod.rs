@@ -32,8 +32,24 @@ pub enum CudaError {
         count: usize,
     },
     /// The GPU, the driver or the kernel cannot export memory as a dma-buf.
-    #[error("{device} exports no dma-buf: use nvidia-peermem, or a buffer in host memory")]
+    #[error("{device} exports no dma-buf: {why}")]
     NoDmaBuf {
+        /// The GPU.
+        device: String,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// A NIC's driver cannot find the GPU's memory by its address.
+    #[error("{device} is not reached by nvidia-peermem: {why}")]
+    NoPeermem {
+        /// The GPU.
+        device: String,
+        /// What is missing.
+        why: &'static str,
+    },
+    /// A NIC may not write the GPU's memory.
+    #[error("{device} does not tell when it sees what a NIC has written to its memory")]
+    NoRemoteWrites {
         /// The GPU.
         device: String,
     },

@@ -3,6 +3,7 @@ use crate::RegionError;
 use cudarc::driver::{CudaStream, result, sys};
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Regions begin and end at multiples of this, so that no other allocation lies in what is exported of one.
@@ -141,34 +142,65 @@ impl DeviceRegion {
     /// [`CudaError::NoDmaBuf`] where this cannot be had at all.
     pub fn dma_buf(&self) -> Result<OwnedFd, CudaError> {
         use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED as SUPPORTED;
-        let supported = self.device.context().attribute(SUPPORTED);
-        if !matches!(self.origin, Origin::Taken)
-            || self.device.said("tell whether it has dma-buf", supported)? == 0
-        {
-            return Err(CudaError::NoDmaBuf { device: self.device.name().to_owned() });
+        let no = |why| CudaError::NoDmaBuf { device: self.device.name().to_owned(), why };
+        if !matches!(self.origin, Origin::Taken) {
+            return Err(no("the memory is another process's"));
         }
-        self.device.bind()?;
+        let supported = self.device.context().attribute(SUPPORTED);
+        if self.device.said("tell whether it has dma-buf", supported)? == 0 {
+            return Err(no("that takes Linux 5.12 or later, and NVIDIA's open kernel modules"));
+        }
+        self.order_for_nics()?;
+        // The driver wants whole pages of the host; regions are whole granules, and so is what is behind their last byte.
         let len = self.len.next_multiple_of(GRANULE);
-        // A copy that the driver only queued would not be seen by a NIC that reads the memory next.
-        let synchronous = 1u32;
-        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_SYNC_MEMOPS;
-        // SAFETY: the region is allocated as long as this lives; the attribute's value is 32 bits.
-        let said =
-            unsafe { sys::cuPointerSetAttribute((&raw const synchronous).cast(), attribute, self.address) };
-        self.device.said("order copies for a NIC", said.result())?;
         let mut fd = -1i32;
         let kind = sys::CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD;
         // SAFETY: the range is this allocation's whole; for this kind the handle is a descriptor, of 32 bits.
         let said =
             unsafe { sys::cuMemGetHandleForAddressRange((&raw mut fd).cast(), self.address, len, kind, 0) };
         match said {
-            sys::CUresult::CUDA_ERROR_NOT_SUPPORTED => {
-                return Err(CudaError::NoDmaBuf { device: self.device.name().to_owned() });
-            }
+            sys::CUresult::CUDA_ERROR_NOT_SUPPORTED => return Err(no("the driver has none for such memory")),
             said => self.device.said(&format!("export {len} bytes as a dma-buf"), said.result())?,
         }
         // SAFETY: the descriptor is new, and nobody else's.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Where the region begins for a NIC whose driver finds memory of GPUs by its address: with nvidia-peermem.
+    /// Whoever registers it lets it go before the region.
+    ///
+    /// # Errors
+    /// [`CudaError::NoPeermem`] where this cannot be had at all.
+    pub fn peermem(&self) -> Result<u64, CudaError> {
+        use sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_SUPPORTED as SUPPORTED;
+        let no = |why| CudaError::NoPeermem { device: self.device.name().to_owned(), why };
+        if !matches!(self.origin, Origin::Taken) {
+            return Err(no("the memory is another process's"));
+        }
+        // Without it, some kernels might find other memory at the address, or say nothing that helps.
+        if !["nvidia_peermem", "nv_peer_mem"]
+            .iter()
+            .any(|module| Path::new("/sys/module").join(module).exists())
+        {
+            return Err(no("it is not loaded: modprobe nvidia-peermem"));
+        }
+        let supported = self.device.context().attribute(SUPPORTED);
+        if self.device.said("tell whether NICs reach its memory", supported)? == 0 {
+            return Err(no("the GPU has no GPUDirect RDMA"));
+        }
+        self.order_for_nics()?;
+        Ok(self.address)
+    }
+
+    /// A copy that the driver only queued would not be seen by a NIC that reads the memory next.
+    fn order_for_nics(&self) -> Result<(), CudaError> {
+        self.device.bind()?;
+        let synchronous = 1u32;
+        let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_SYNC_MEMOPS;
+        // SAFETY: the region is allocated as long as this lives; the attribute's value is 32 bits.
+        let said =
+            unsafe { sys::cuPointerSetAttribute((&raw const synchronous).cast(), attribute, self.address) };
+        self.device.said("order copies for a NIC", said.result())
     }
 
     /// The GPU that uses it.
@@ -177,7 +209,7 @@ impl DeviceRegion {
         &self.device
     }
 
-    /// Where it begins, for the GPU's kernels, and for a NIC that has it by nvidia-peermem.
+    /// Where it begins, for the GPU's kernels.
     #[must_use]
     pub fn address(&self) -> u64 {
         self.address

@@ -52,6 +52,17 @@ pub struct PathMetrics {
     pub queued_bytes: u64,
 }
 
+/// Bytes that are registered with all RDMA devices of this host now, by where they are and how a device comes to them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct RdmaMemory {
+    /// Of the host; also those that stand for a GPU's, which are copied between the two.
+    pub host: u64,
+    /// Of a GPU, by a dma-buf.
+    pub dma_buf: u64,
+    /// Of a GPU, by nvidia-peermem.
+    pub peermem: u64,
+}
+
 /// What there is to say about a peer: its session, or the last one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PeerStatus {

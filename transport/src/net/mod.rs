@@ -23,7 +23,7 @@ use crate::identity::Identity;
 use crate::quic::{MAX_STREAMS, STREAMS};
 use crate::transport::{Event, Held, RegionId, SubmitError, Transport, TransportError, Write};
 use crate::{shm, tls};
-use counters::{PathMetrics, PeerStatus};
+use counters::{PathMetrics, PeerStatus, RdmaMemory};
 use lane::Path;
 use node::{Node, Worker};
 use std::net::SocketAddr;
@@ -101,7 +101,7 @@ impl Default for NetConfig {
     }
 }
 
-/// What has happened since the start. Numbers only grow.
+/// What has happened since the start. Numbers only grow, but those of RDMA's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NetMetrics {
     /// By path, in the order of [`Path::ALL`].
@@ -118,6 +118,8 @@ pub struct NetMetrics {
     pub severed_lost: u64,
     /// Peers that could not be reached.
     pub unreachable: u64,
+    /// What is registered for RDMA now; none without a device.
+    pub rdma_memory: Option<RdmaMemory>,
 }
 
 impl NetMetrics {

@@ -1,6 +1,6 @@
 //! What the node loop and the threads share: peers, windows, and events on their way to `poll`.
 
-use super::counters::{PathCounters, PeerCounters, PeerStatus, Settled, add};
+use super::counters::{PathCounters, PeerCounters, PeerStatus, RdmaMemory, Settled, add};
 use super::header::Header;
 use super::lane::{Generation, Lane, LaneId, Path};
 use super::life::{Life, MAX_PARTS, Moved, Phase, Remains};
@@ -370,6 +370,14 @@ impl Node {
         self.windows.register(region)
     }
 
+    fn rdma_memory(&self) -> Option<RdmaMemory> {
+        #[cfg(feature = "rdma")]
+        if let Some(rdma) = &self.rdma {
+            return Some(rdma.memory());
+        }
+        None
+    }
+
     /// The GPU that lanes read and write, if there is one.
     #[cfg(feature = "cuda")]
     pub(crate) fn gpu(&self) -> Option<&Arc<Device>> {
@@ -606,6 +614,7 @@ impl Node {
             severed_asked: get(&c.severed_asked),
             severed_lost: get(&c.severed_lost),
             unreachable: get(&c.unreachable),
+            rdma_memory: self.rdma_memory(),
         }
     }
 

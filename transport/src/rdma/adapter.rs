@@ -1,14 +1,10 @@
-//! A device that lanes share: its registrations, and who is told when it fails.
+//! A device that lanes share, and who is told when it fails.
 
-use super::verbs::{AsyncEvent, Bell, Device, MemoryRegion, Port, VerbsError, wait_readable};
-use std::collections::BTreeMap;
+use super::verbs::{AsyncEvent, Bell, Device, Port, VerbsError, wait_readable};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use tandem_memory::HostRegion;
 
-/// The most regions that are registered with a device at once.
-const MAX_REGIONS: usize = 4096;
 /// Ports are looked at this often even if nothing is heard of them.
 const LOOK: Duration = Duration::from_secs(60);
 
@@ -21,10 +17,6 @@ pub(super) struct Adapter {
     pub(super) device: Arc<Device>,
     /// Those of the first look.
     pub(super) ports: Vec<Port>,
-    /// How memory is registered.
-    memory_windows: bool,
-    /// By the address of the region, which the registration keeps mapped.
-    regions: Mutex<BTreeMap<usize, Arc<MemoryRegion>>>,
     watch: Arc<Watch>,
     thread: Option<JoinHandle<()>>,
 }
@@ -44,7 +36,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Adapter {
     /// Watches a device. Ports that cannot be used are logged, once, with the reason.
-    pub(super) fn new(device: Device, memory_windows: bool) -> Result<Adapter, VerbsError> {
+    pub(super) fn new(device: Device) -> Result<Adapter, VerbsError> {
         let device = Arc::new(device);
         let name = device.name();
         let mut ports = Vec::new();
@@ -67,32 +59,7 @@ impl Adapter {
             .name(format!("rdma-{name}"))
             .spawn(move || watching.run())
             .map_err(|source| failed("be watched", source))?;
-        Ok(Adapter { device, ports, memory_windows, regions: Mutex::default(), watch, thread: Some(thread) })
-    }
-
-    /// The registration of a region, made if there is none yet, which takes a while. It stays as long as the
-    /// region is held elsewhere.
-    pub(super) fn region(&self, memory: &Arc<HostRegion>) -> Result<Arc<MemoryRegion>, VerbsError> {
-        let mut regions = lock(&self.regions);
-        if let Some(region) = regions.get(&(memory.base() as usize)) {
-            return Ok(Arc::clone(region));
-        }
-        // One that nobody but this table holds is not named by any work: whoever posts it holds it too.
-        regions.retain(|_, region| {
-            Arc::strong_count(region) > 1
-                || region.memory().is_some_and(|memory| Arc::strong_count(memory) > 1)
-        });
-        if regions.len() >= MAX_REGIONS {
-            return Err(VerbsError::Register {
-                device: self.device.name().into(),
-                len: memory.len(),
-                source: std::io::Error::from_raw_os_error(libc::ENOSPC),
-                hint: "4096 regions are registered already: use fewer, larger ones",
-            });
-        }
-        let region = Arc::new(MemoryRegion::host(&self.device, Arc::clone(memory), self.memory_windows)?);
-        regions.insert(memory.base() as usize, Arc::clone(&region));
-        Ok(region)
+        Ok(Adapter { device, ports, watch, thread: Some(thread) })
     }
 
     pub(super) fn watch(&self, watcher: Weak<dyn Watcher>) {

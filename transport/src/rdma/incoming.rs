@@ -10,6 +10,8 @@ use std::sync::Arc;
 pub(super) struct Arrived {
     pub(super) header: Header,
     pub(super) landing: Arc<Landing>,
+    /// Whether its bytes are in the twin of the window's region.
+    pub(super) on_twin: bool,
 }
 
 /// What the reader's side knows. Parts may come before their write is announced: on other queue pairs.
@@ -24,7 +26,7 @@ pub(super) struct Incoming {
 
 #[derive(Default)]
 struct Pieces {
-    announced: Option<(Header, Arc<Landing>, u8)>,
+    announced: Option<(Arrived, u8)>,
     come: u8,
 }
 
@@ -34,18 +36,14 @@ impl Incoming {
     }
 
     /// A write is on its way in so many parts.
-    pub(super) fn announced(
-        &mut self,
-        header: Header,
-        landing: Arc<Landing>,
-        parts: u8,
-    ) -> Result<(), Broken> {
-        let pieces = self.pieces(header.sequence as u32)?;
+    pub(super) fn announced(&mut self, write: Arrived, parts: u8) -> Result<(), Broken> {
+        let low = write.header.sequence as u32;
+        let pieces = self.pieces(low)?;
         if pieces.announced.is_some() {
             return Err("it announced a write twice");
         }
-        pieces.announced = Some((header, landing, parts));
-        self.complete(header.sequence as u32)
+        pieces.announced = Some((write, parts));
+        self.complete(low)
     }
 
     /// A part has come.
@@ -71,16 +69,16 @@ impl Incoming {
     }
 
     fn complete(&mut self, low: u32) -> Result<(), Broken> {
-        let Some(Pieces { announced: Some((_, _, parts)), come }) = self.writes.get(&low) else {
+        let Some(Pieces { announced: Some((_, parts)), come }) = self.writes.get(&low) else {
             return Ok(());
         };
         if come > parts {
             return Err("a write came in more parts than it was announced with");
         }
         if come == parts
-            && let Some(Pieces { announced: Some((header, landing, _)), .. }) = self.writes.remove(&low)
+            && let Some(Pieces { announced: Some((write, _)), .. }) = self.writes.remove(&low)
         {
-            self.arrived.push_back(Arrived { header, landing });
+            self.arrived.push_back(write);
         }
         Ok(())
     }
@@ -93,12 +91,13 @@ mod tests {
     use tandem_memory::HostRegion;
     use tandem_proto::ids::NodeId;
 
-    fn write(sequence: u64) -> (Header, Arc<Landing>) {
+    fn write(sequence: u64) -> Arrived {
         let windows = Windows::default();
         let region = windows.register(HostRegion::map(4096).unwrap()).unwrap();
         let window = windows.open(NodeId(1), region, 0..100, || 5).unwrap();
         let landing = windows.find(NodeId(1), &window, 0, 10).unwrap();
-        (Header { window, offset: 0, len: 10, immediate: 9, sequence, floor: 0, failed: None }, landing)
+        let header = Header { window, offset: 0, len: 10, immediate: 9, sequence, floor: 0, failed: None };
+        Arrived { header, landing, on_twin: sequence == 1 }
     }
 
     #[test]
@@ -109,8 +108,7 @@ mod tests {
             for (at, what) in order.into_iter().enumerate() {
                 assert!(!incoming.has_arrived(), "{order:?} at {at}");
                 if what == 0 {
-                    let (header, landing) = write(big);
-                    incoming.announced(header, landing, 2).unwrap();
+                    incoming.announced(write(big), 2).unwrap();
                 } else {
                     incoming.part(7).unwrap();
                 }
@@ -119,24 +117,21 @@ mod tests {
             assert!(incoming.next().is_none());
         }
         let mut incoming = Incoming::new(4);
-        let (header, landing) = write(3);
-        incoming.announced(header, landing, 0).unwrap();
+        incoming.announced(write(3), 0).unwrap();
         assert!(incoming.has_arrived(), "an empty write has no parts");
     }
 
     #[test]
     fn what_breaks_the_rules_is_told() {
         let mut incoming = Incoming::new(2);
-        let (header, landing) = write(1);
-        incoming.announced(header, Arc::clone(&landing), 1).unwrap();
-        assert!(incoming.announced(header, landing, 1).is_err(), "twice");
+        incoming.announced(write(1), 1).unwrap();
+        assert!(incoming.announced(write(1), 1).is_err(), "twice");
         incoming.part(2).unwrap();
         assert!(incoming.part(3).is_err(), "too many");
         incoming.part(1).unwrap();
         assert!(incoming.part(1).is_err(), "what has arrived and is not reported counts");
-        incoming.next().unwrap();
+        assert!(incoming.next().unwrap().on_twin);
         incoming.part(2).unwrap();
-        let (header, landing) = write(2);
-        assert!(incoming.announced(header, landing, 1).is_err(), "more parts than announced");
+        assert!(incoming.announced(write(2), 1).is_err(), "more parts than announced");
     }
 }

@@ -3,6 +3,7 @@
 use super::adapter::{Adapter, Watcher};
 use super::message::{Envelope, MESSAGE_BYTES, Message};
 use super::offer::{End, Offer};
+use super::registry::Registry;
 use super::verbs::{
     AsyncEvent, Bell, Completion, CompletionQueue, Device, Ended, Local, Port, QueuePair, QueuePairLimits,
     Remote, VerbsError, Work, wait_readable,
@@ -15,6 +16,8 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
+#[cfg(feature = "cuda")]
+use tandem_memory::HostRegion;
 
 /// Writes that are under way at once; each takes at most one receive of each queue pair for bytes.
 pub(super) const MAX_FLYING: usize = 64;
@@ -51,10 +54,8 @@ impl Kind {
     }
 }
 
-/// A queue pair, and the device that it is on.
 pub(super) struct Pair {
     pub(super) queue: QueuePair,
-    pub(super) adapter: Arc<Adapter>,
     /// Where its bytes begin to be numbered.
     packet: u32,
 }
@@ -66,8 +67,8 @@ pub(crate) struct Lane {
     pub(super) pairs: Vec<Pair>,
     /// One for each device.
     pub(super) completions: Vec<Arc<CompletionQueue>>,
-    /// Whether windows are opened by memory windows, which all of its devices have.
-    pub(super) memory_windows: bool,
+    /// What its devices know; keeps them watched.
+    pub(super) registry: Arc<Registry>,
     /// Bounded by the session's limit of unreported writes.
     jobs: Mutex<VecDeque<Job>>,
     /// Bytes pushed and not settled, and one for each write.
@@ -96,7 +97,7 @@ impl Lane {
     /// Makes a queue pair on each of these ports.
     pub(super) fn new(
         rails: Vec<(Arc<Adapter>, Port)>,
-        memory_windows: bool,
+        registry: &Arc<Registry>,
     ) -> Result<Arc<Lane>, VerbsError> {
         let mut queues: Vec<(Arc<Adapter>, Arc<CompletionQueue>)> = Vec::new();
         let mut pairs = Vec::new();
@@ -127,7 +128,7 @@ impl Lane {
                 source: std::io::Error::other(e),
             };
             let packet = getrandom::u32().map_err(failed)? & 0xff_ffff;
-            pairs.push(Pair { queue: QueuePair::new(&port, &queue, limits)?, adapter, packet });
+            pairs.push(Pair { queue: QueuePair::new(&port, &queue, limits)?, packet });
         }
         let bell = Bell::new().map_err(|source| VerbsError::Refused {
             device: "the system".into(),
@@ -137,7 +138,7 @@ impl Lane {
         let lane = Arc::new(Lane {
             pairs,
             completions: queues.iter().map(|(_, queue)| Arc::clone(queue)).collect(),
-            memory_windows,
+            registry: Arc::clone(registry),
             jobs: Mutex::default(),
             load: AtomicU64::new(0),
             grants: Mutex::default(),
@@ -271,6 +272,12 @@ impl Lane {
         self.load.fetch_add(job.write.source.len() as u64 + 1, Ordering::Relaxed);
         lock(&self.jobs).push_back(job);
         self.wake();
+    }
+
+    /// Whether it reads the twin of this memory: then it does so for every write that comes from it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn reads_twin(&self, memory: &Arc<HostRegion>) -> bool {
+        self.registry.known(memory).is_some_and(|registered| registered.is_on_twin())
     }
 
     /// Bytes pushed and not settled.

@@ -36,15 +36,13 @@ pub(super) enum Message {
     },
     /// The writer has no keys for the window of this write.
     Ask(Header),
-    /// Where the window begins, and the key of each queue pair for bytes.
+    /// Where the window begins, and the key of each queue pair for bytes. They hold until `Shut`.
     Keys {
         /// Of the write that asked.
         sequence: u64,
         /// Of the window.
         window: u64,
         base: u64,
-        /// Whether they hold for later writes too, until `Shut`. Else each write asks.
-        keep: bool,
         keys: Vec<u32>,
     },
     Acks(Vec<Ack>),
@@ -68,12 +66,11 @@ impl Envelope {
                 out.push(3);
                 out.extend_from_slice(&header.encode());
             }
-            Message::Keys { sequence, window, base, keep, keys } => {
+            Message::Keys { sequence, window, base, keys } => {
                 out.push(4);
                 for number in [sequence, window, base] {
                     out.extend_from_slice(&number.to_le_bytes());
                 }
-                out.push(u8::from(*keep));
                 keys.iter().for_each(|key| out.extend_from_slice(&key.to_le_bytes()));
             }
             Message::Acks(acks) => {
@@ -106,16 +103,14 @@ impl Envelope {
                 let (sequence, rest) = rest.split_first_chunk()?;
                 let (window, rest) = rest.split_first_chunk()?;
                 let (base, rest) = rest.split_first_chunk()?;
-                let (keep, rest) = rest.split_first()?;
                 let (keys, rest) = rest.as_chunks();
-                if !rest.is_empty() || keys.len() > MAX_DATA_PAIRS || *keep > 1 {
+                if !rest.is_empty() || keys.len() > MAX_DATA_PAIRS {
                     return None;
                 }
                 Message::Keys {
                     sequence: u64::from_le_bytes(*sequence),
                     window: u64::from_le_bytes(*window),
                     base: u64::from_le_bytes(*base),
-                    keep: *keep == 1,
                     keys: keys.iter().map(|key| u32::from_le_bytes(*key)).collect(),
                 }
             }
@@ -146,7 +141,7 @@ pub(super) fn samples() -> Vec<Vec<u8>> {
     let mut encoded = crate::net::header::samples().into_iter();
     let header = encoded.next().and_then(|bytes| Header::decode(bytes.first_chunk()?));
     let headers = header.map(|header| [Message::Write { header, parts: 2 }, Message::Ask(header)]);
-    let keys = Message::Keys { sequence: 1, window: 2, base: 3, keep: true, keys: vec![4; 3] };
+    let keys = Message::Keys { sequence: 1, window: 2, base: 3, keys: vec![4; 3] };
     let acks = Message::Acks(vec![Ack { sequence: 8, landed: true }; 2]);
     let others = [Message::Ready, keys, acks, Message::Shut(5), Message::Credits];
     let all = headers.into_iter().flatten().chain(others);
@@ -174,8 +169,8 @@ mod tests {
             Message::Ready,
             Message::Write { header, parts: MAX_DATA_PAIRS as u8 },
             Message::Ask(header),
-            Message::Keys { sequence: 1, window: 2, base: 3, keep: true, keys: vec![4; MAX_DATA_PAIRS] },
-            Message::Keys { sequence: 1, window: 2, base: 3, keep: false, keys: vec![] },
+            Message::Keys { sequence: 1, window: 2, base: 3, keys: vec![4; MAX_DATA_PAIRS] },
+            Message::Keys { sequence: 1, window: 2, base: 3, keys: vec![] },
             Message::Acks(vec![ack; MAX_ACKS]),
             Message::Shut(9),
             Message::Credits,

@@ -6,19 +6,24 @@
 //! - [`Session`]: what a lane needs of the session that it belongs to.
 //!
 //! A peer can write only what is open to it: each window that it writes is bound to a memory window of each of its
-//! queue pairs, and invalidated before closing returns. A write anywhere else breaks the queue pair, and the lane
-//! with it. On devices without memory windows each write asks first, and a window that closes under a write stops
-//! the lane, so that nothing lands in it either; but there an ill-willed peer of the cluster could write anywhere in
-//! a registered region.
+//! queue pairs, and invalidated before closing returns. Where there are no memory windows, on some devices and for a
+//! GPU's memory by dma-buf, a window is registered by itself, and deregistered before closing returns: there a peer of
+//! the cluster that guesses the key of another's open window could write that. A write anywhere else breaks the queue
+//! pair, and the lane with it.
+//!
+//! Memory of a GPU that a region has for its twin is read and written by the NIC, where that can be ([`gpu`]).
 //!
 //! Bytes are not encrypted on the way: use it on networks that are trusted, as RDMA networks have to be.
 
 mod adapter;
+#[cfg(any(feature = "cuda", test))]
+mod gpu;
 mod incoming;
 mod lane;
 mod message;
 mod offer;
 mod outgoing;
+mod registry;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -26,11 +31,13 @@ mod verbs;
 mod windows;
 mod worker;
 
+use crate::net::counters::RdmaMemory;
 use crate::net::header::Header;
 use crate::window::Landing;
 use adapter::Adapter;
 use lane::Lane;
 use offer::Offer;
+use registry::Registry;
 pub(crate) use session::{Answered, Offered};
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,8 +68,7 @@ impl Default for RdmaConfig {
 pub(crate) struct Rdma {
     /// Each with one port at least. Those near the cores that this process may run on come first.
     adapters: Vec<Arc<Adapter>>,
-    /// Whether all have memory windows, and they are to be used.
-    memory_windows: bool,
+    registry: Arc<Registry>,
     config: RdmaConfig,
 }
 
@@ -83,7 +89,7 @@ impl Rdma {
         let memory_windows = config.memory_windows && devices.iter().all(|device| device.memory_windows);
         let mut adapters = Vec::new();
         for device in devices {
-            let adapter = Adapter::new(device, memory_windows)?;
+            let adapter = Adapter::new(device)?;
             let (device, ports) = (adapter.device.name(), adapter.ports.len());
             tracing::info!(
                 device,
@@ -108,12 +114,18 @@ impl Rdma {
             let device = &adapter.device;
             (!device.near, device.numa_node, device.name().to_owned())
         });
-        Ok(Rdma { adapters, memory_windows, config })
+        let registry = Arc::new(Registry::new(adapters.clone(), memory_windows));
+        Ok(Rdma { adapters, registry, config })
     }
 
     /// Registers memory ahead of its first use, which would wait for it.
     pub(crate) fn register(&self, memory: &Arc<tandem_memory::HostRegion>) -> Result<(), VerbsError> {
-        self.adapters.iter().try_for_each(|adapter| adapter.region(memory).map(drop))
+        self.registry.region(memory).map(drop)
+    }
+
+    /// What is registered now.
+    pub(crate) fn memory(&self) -> RdmaMemory {
+        self.registry.bytes()
     }
 
     fn rails(&self) -> Vec<(Arc<Adapter>, Port)> {
@@ -128,7 +140,7 @@ impl Rdma {
     pub(crate) fn prepare(&self) -> Result<Arc<Lane>, VerbsError> {
         let rails = self.rails();
         let pairs = self.config.queue_pairs.max(rails.len()).clamp(1, MAX_DATA_PAIRS);
-        Lane::new(rails.into_iter().cycle().take(1 + pairs).collect(), self.memory_windows)
+        Lane::new(rails.into_iter().cycle().take(1 + pairs).collect(), &self.registry)
     }
 
     /// Queue pairs for an offer, each on a port of the kind that it needs. They are to be connected to it.
@@ -142,7 +154,7 @@ impl Rdma {
             };
             chosen.push((*rail).clone());
         }
-        Lane::new(chosen, self.memory_windows)
+        Lane::new(chosen, &self.registry)
     }
 }
 
@@ -161,9 +173,9 @@ pub(crate) trait Session: Send + Sync {
     /// A write of the peer's is to come.
     fn arrived(&self, header: &Header) -> Arrival;
 
-    /// All bytes of a write have landed: reports it, and says whether it did, or the window has been closed since.
-    /// None if the peer has more writes under way than it may.
-    fn land(&self, landing: &Landing, header: &Header) -> Option<bool>;
+    /// All bytes of a write have landed, `on_twin` or on the host's side of its region: reports it, and says whether it
+    /// did, or the window has been closed since. None if the peer has more writes under way than it may.
+    fn land(&self, landing: &Landing, header: &Header, on_twin: bool) -> Option<bool>;
 
     /// The peer has said what became of a write, and its source is not read any more.
     fn settle(&self, sequence: u64, landed: bool);

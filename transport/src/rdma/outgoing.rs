@@ -134,12 +134,10 @@ impl Outgoing {
         if job.write.window.key != window {
             return Err("it gave keys of another window");
         }
-        if keys.keep {
-            if self.keys.len() >= MAX_KEYS {
-                self.keys.clear();
-            }
-            self.keys.insert(window, keys.clone());
+        if self.keys.len() >= MAX_KEYS {
+            self.keys.clear();
         }
+        self.keys.insert(window, keys.clone());
         Ok(self.fly(job, &keys, region))
     }
 

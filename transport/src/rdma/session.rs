@@ -8,6 +8,8 @@ use crate::net::node::Node;
 use crate::window::Landing;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
+#[cfg(feature = "cuda")]
+use tandem_memory::Extent;
 
 /// Queue pairs of the side that was dialled, offered to the dialler.
 pub(crate) struct Offered(Arc<Lane>);
@@ -87,6 +89,11 @@ impl lane::Lane for RdmaLane {
         Path::Rdma
     }
 
+    #[cfg(feature = "cuda")]
+    fn reads_twin(&self, source: &Extent) -> bool {
+        self.lane.reads_twin(source.region())
+    }
+
     fn push(&self, job: Job) {
         self.lane.push(job);
     }
@@ -132,10 +139,11 @@ impl Session for NetSession {
         }
     }
 
-    fn land(&self, landing: &Landing, header: &Header) -> Option<bool> {
+    fn land(&self, landing: &Landing, header: &Header, on_twin: bool) -> Option<bool> {
         let Header { offset, len, immediate, sequence, floor, .. } = *header;
         let peer = self.life.peer;
-        if !landing.deposit(offset, len)
+        let there = if on_twin { landing.see_on_twin() } else { landing.deposit(offset, len) };
+        if !there
             || !landing.complete(|| self.node.report_landed_quietly(peer, immediate, len, landing.key()))
         {
             self.node.note_refused(&self.life, Path::Rdma, header);

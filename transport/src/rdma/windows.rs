@@ -36,11 +36,14 @@ struct Grant {
     /// Where the window begins, and its keys by queue pair for bytes.
     base: u64,
     keys: Vec<u32>,
-    /// By queue pair for bytes; empty on devices without memory windows.
+    /// By queue pair for bytes; empty if the window is registered by itself.
     windows: Vec<MemoryWindow>,
-    /// Hold the memory registered.
+    /// What the memory windows are bound to; or the window's own registrations, one for each device, which end with
+    /// this: then nothing lands by their keys any more.
     _regions: Vec<Arc<MemoryRegion>>,
-    /// Writes that may be under way: announced, or allowed where each asks, and not landed.
+    /// Whether its bytes land in the twin of the region.
+    on_twin: bool,
+    /// Writes that were announced and have not landed.
     under_way: usize,
     /// Writes that have asked and were not answered.
     asked: Vec<u64>,
@@ -60,13 +63,11 @@ enum Phase {
     Open,
 }
 
-/// What the peer is told.
+/// What the peer is told. They hold until the window closes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct Keys {
     pub(super) base: u64,
     pub(super) keys: Vec<u32>,
-    /// Whether they hold until the window closes, or for one write.
-    pub(super) keep: bool,
 }
 
 /// The answer to one that asks.
@@ -85,7 +86,7 @@ impl Lane {
         {
             let mut grants = lock(&self.grants);
             if let Some(grant) = grants.open.get_mut(&key) {
-                return Ok(grant.ask(self.memory_windows, sequence));
+                return Ok(grant.ask(sequence));
             }
             grants.open.insert(key, Grant::opening());
         }
@@ -108,16 +109,28 @@ impl Lane {
         let range = extent.offset()..extent.offset() + extent.len();
         let data = &self.pairs[1..];
         // Registers what is not, without a lock: it takes a while.
-        let regions =
-            data.iter().map(|pair| pair.adapter.region(extent.region())).collect::<Result<Vec<_>, _>>()?;
+        let registered = self.registry.region(extent.region())?;
+        let mut regions: Vec<Arc<MemoryRegion>> = Vec::new();
         let mut windows = Vec::new();
-        if self.memory_windows {
+        if registered.windows {
+            for pair in data {
+                regions.push(registered.with(pair.queue.device())?);
+            }
             let mut spare = std::mem::take(&mut lock(&self.grants).spare);
             spare.resize_with(data.len(), Vec::new);
             for (pair, spare) in data.iter().zip(&mut spare) {
                 windows.push(spare.pop().map_or_else(|| MemoryWindow::new(pair.queue.device()), Ok)?);
             }
             lock(&self.grants).give_back(spare);
+        } else {
+            for pair in data {
+                let device = pair.queue.device();
+                let known = regions.iter().find(|region| Arc::ptr_eq(region.device(), device));
+                regions.push(
+                    known
+                        .map_or_else(|| registered.part(device, range.clone()), |own| Ok(Arc::clone(own)))?,
+                );
+            }
         }
         let mut guard = lock(&self.grants);
         let grants = &mut *guard;
@@ -128,7 +141,8 @@ impl Lane {
         };
         // The same address on every device: it is the memory's own.
         grant.base = regions.first().and_then(|region| region.address_of(&range)).unwrap_or(0);
-        if self.memory_windows {
+        grant.on_twin = registered.is_on_twin();
+        if registered.windows {
             if grants.binding >= WINDOW_WORK {
                 return Err(too_many(self));
             }
@@ -147,13 +161,12 @@ impl Lane {
             grant.phase = Phase::Open;
         }
         grant._regions = regions;
-        Ok(grant.ask(self.memory_windows, sequence))
+        Ok(grant.ask(sequence))
     }
 
     /// A queue pair has bound: the writes that can be answered now, when it was the last.
     pub(super) fn bound(&self, number: u32) -> Vec<(u64, u64, Keys)> {
         let mut grants = lock(&self.grants);
-        let keep = self.memory_windows;
         let mut answers = Vec::new();
         let mut done = false;
         // Closed windows have none; then their number is counted by the invalidation behind the binding.
@@ -166,7 +179,7 @@ impl Lane {
                     done = true;
                     grant.phase = Phase::Open;
                     let asked = std::mem::take(&mut grant.asked);
-                    answers.extend(asked.into_iter().map(|sequence| (sequence, *key, grant.keys(keep))));
+                    answers.extend(asked.into_iter().map(|sequence| (sequence, *key, grant.keys())));
                 }
             }
         }
@@ -181,16 +194,13 @@ impl Lane {
         lock(&self.grants).binding_since
     }
 
-    /// A write is announced; it may only be where its window is open to the peer.
-    pub(super) fn announced(&self, window: u64) -> bool {
-        match lock(&self.grants).open.get_mut(&window) {
-            Some(grant) => {
-                // Where each write asks, it was counted then.
-                grant.under_way += usize::from(self.memory_windows);
-                true
-            }
-            None => false,
-        }
+    /// A write that has bytes is announced; it may only be where its window is open to the peer. Returns whether they
+    /// land in the twin of the window's region.
+    pub(super) fn announced(&self, window: u64) -> Option<bool> {
+        lock(&self.grants).open.get_mut(&window).map(|grant| {
+            grant.under_way += 1;
+            grant.on_twin
+        })
     }
 
     /// An announced write has landed, or was given up.
@@ -253,6 +263,12 @@ impl Lane {
         so(&grants).then_some(grants)
     }
 
+    /// What the peer was given for a window.
+    #[cfg(test)]
+    pub(super) fn granted(&self, window: u64) -> Option<Keys> {
+        lock(&self.grants).open.get(&window).map(Grant::keys)
+    }
+
     /// The keys of windows that were closed since the last call, to be told to the peer.
     pub(super) fn closed_windows(&self) -> Vec<u64> {
         std::mem::take(&mut lock(&self.grants).closed)
@@ -272,25 +288,25 @@ impl Keeper for Lane {
         }
         let Some(grant) = grants.open.remove(&key) else { return };
         let under_way = grant.under_way > 0;
-        let invalidated = if under_way {
-            // Its remaining bytes would break the queue pair; and where a device has no memory windows, nothing
-            // else would keep them out.
+        let taken_back = if under_way {
+            // Its remaining bytes would break the queue pair.
             drop(grants);
             false
-        } else if self.memory_windows && self.fault().is_none() {
+        } else if grant.windows.is_empty() {
+            // Without the lock: deregistering takes a while.
+            drop(grants);
+            drop(grant);
+            true
+        } else if self.fault().is_none() {
             self.invalidate(grants, grant)
-        } else if self.memory_windows {
+        } else {
             // Whoever stops the lane may be in the midst of it: stopping it here too waits for that.
             drop(grants);
             false
-        } else {
-            true
         };
-        if invalidated {
-            if self.memory_windows {
-                lock(&self.grants).closed.push(key);
-                self.wake();
-            }
+        if taken_back {
+            lock(&self.grants).closed.push(key);
+            self.wake();
         } else {
             self.stop(if under_way {
                 "a window was closed while the peer wrote it"
@@ -337,26 +353,24 @@ impl Grant {
             keys: Vec::new(),
             windows: Vec::new(),
             _regions: Vec::new(),
+            on_twin: false,
             under_way: 0,
             asked: Vec::new(),
         }
     }
 
-    fn keys(&self, keep: bool) -> Keys {
-        Keys { base: self.base, keys: self.keys.clone(), keep }
+    fn keys(&self) -> Keys {
+        Keys { base: self.base, keys: self.keys.clone() }
     }
 
-    fn ask(&mut self, memory_windows: bool, sequence: u64) -> Granted {
+    fn ask(&mut self, sequence: u64) -> Granted {
         match self.phase {
             Phase::Opening | Phase::Closed => Granted::Refused,
             Phase::Binding { .. } => {
                 self.asked.push(sequence);
                 Granted::Later
             }
-            Phase::Open => {
-                self.under_way += usize::from(!memory_windows);
-                Granted::Now(self.keys(memory_windows))
-            }
+            Phase::Open => Granted::Now(self.keys()),
         }
     }
 }

@@ -252,11 +252,15 @@ impl Worker {
                 }
                 match self.session.arrived(&header) {
                     Arrival::Open(landing) => {
-                        // An empty one needs no keys.
-                        if header.len > 0 && !lane.announced(header.window.key) {
+                        // An empty one needs no keys, and is nowhere.
+                        let place =
+                            if header.len == 0 { Some(false) } else { lane.announced(header.window.key) };
+                        let Some(on_twin) = place else {
                             return Err("the peer writes a window that it was given no keys for".into());
-                        }
-                        self.incoming.announced(header, landing, parts).map_err(again)?;
+                        };
+                        self.incoming
+                            .announced(Arrived { header, landing, on_twin }, parts)
+                            .map_err(again)?;
                     }
                     arrival if header.len == 0 => {
                         let landed = matches!(arrival, Arrival::Landed);
@@ -267,8 +271,8 @@ impl Worker {
                 }
             }
             Message::Ask(header) => self.asked(header)?,
-            Message::Keys { sequence, window, base, keep, keys } => {
-                let keys = Keys { base, keys, keep };
+            Message::Keys { sequence, window, base, keys } => {
+                let keys = Keys { base, keys };
                 let region = |memory: &Arc<HostRegion>, queue| registration(&lane, memory, queue);
                 let taken = self.outgoing.keys(sequence, window, keys, &region).map_err(again)?;
                 self.announce(taken)?;
@@ -318,20 +322,22 @@ impl Worker {
         Ok(())
     }
 
-    fn answer(&mut self, sequence: u64, window: u64, Keys { base, keys, keep }: Keys) {
-        self.outbox.push_back(Message::Keys { sequence, window, base, keep, keys });
+    fn answer(&mut self, sequence: u64, window: u64, Keys { base, keys }: Keys) {
+        self.outbox.push_back(Message::Keys { sequence, window, base, keys });
     }
 
     /// Reports what has come completely, as far as the node loop keeps up.
     fn report(&mut self) -> Result<bool, Fault> {
         let mut busy = false;
         while self.incoming.has_arrived() && self.session.wait_for_room(ROOM) {
-            let Some(Arrived { header, landing }) = self.incoming.next() else { break };
+            let Some(Arrived { header, landing, on_twin }) = self.incoming.next() else { break };
             busy = true;
-            let landed = self.lane.unless_closed(|| self.session.land(&landing, &header));
+            let landed = self.lane.unless_closed(|| self.session.land(&landing, &header, on_twin));
             let Some(landed) = landed else { return Err("closed by this node".into()) };
             let landed = landed.ok_or("the peer has too many writes that are not reported")?;
-            self.lane.finished(header.window.key);
+            if header.len > 0 {
+                self.lane.finished(header.window.key);
+            }
             self.acks.push(Ack { sequence: header.sequence, landed });
         }
         Ok(busy || self.incoming.has_arrived())
@@ -375,7 +381,9 @@ impl Worker {
 
 /// The registration of memory with the device of a queue pair for bytes.
 fn registration(lane: &Lane, memory: &Arc<HostRegion>, queue: usize) -> Result<Arc<MemoryRegion>, Fault> {
-    lane.pairs[1 + queue].adapter.region(memory).map_err(|error| error.to_string())
+    let device = lane.pairs[1 + queue].queue.device();
+    let registered = lane.registry.region(memory).and_then(|registered| registered.with(device));
+    registered.map_err(|error| error.to_string())
 }
 
 fn settle(lane: &Lane, session: &dyn Session, job: &Job, landed: bool) {

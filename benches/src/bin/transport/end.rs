@@ -9,6 +9,7 @@ use crate::way::{Kind, Way};
 use crate::{aes, cma, memcpy, ours, quinn, tcp};
 use anyhow::{Context, bail};
 use std::fmt::Write as _;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -110,7 +111,13 @@ impl Landings {
 
 /// Runs the process until its standard input ends. `index` is 0 for the sender.
 #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "it chooses the GPU"))]
-pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyhow::Result<()> {
+pub(crate) fn serve(
+    way: &Way,
+    index: usize,
+    region: usize,
+    listen: SocketAddr,
+    dir: &Path,
+) -> anyhow::Result<()> {
     let memory = match way.kind {
         #[cfg(feature = "cuda")]
         _ if way.is_on_gpus() => p2p::memory(way, index, region)?,
@@ -119,7 +126,7 @@ pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyho
         _ => Memory { source: HostRegion::map(region)?, landing: HostRegion::map(region)? },
     };
     let landings = Arc::new(Landings::default());
-    let mut end = begin(way, &memory, &landings, dir)?;
+    let mut end = begin(way, &memory, &landings, listen, dir)?;
     println!("{}", end.hello());
     for line in std::io::stdin().lines() {
         let line = line?;
@@ -148,6 +155,7 @@ pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyho
             "landings" => {
                 Ok(landings.take(rest.parse()?).iter().map(u64::to_string).collect::<Vec<_>>().join(" "))
             }
+            "machine" => machine(),
             "cpu" => Ok(cpu().to_string()),
             "verify" => Ok(match Slots::verify(rest.parse()?, &memory) {
                 Ok(()) => "right".into(),
@@ -160,7 +168,13 @@ pub(crate) fn serve(way: &Way, index: usize, region: usize, dir: &Path) -> anyho
     Ok(())
 }
 
-fn begin(way: &Way, memory: &Memory, landings: &Arc<Landings>, dir: &Path) -> anyhow::Result<Box<dyn End>> {
+fn begin(
+    way: &Way,
+    memory: &Memory,
+    landings: &Arc<Landings>,
+    listen: SocketAddr,
+    dir: &Path,
+) -> anyhow::Result<Box<dyn End>> {
     let (memory, landings) = (memory.clone(), Arc::clone(landings));
     let identity = || tandem_transport::Identity::load_or_create(dir);
     Ok(match way.kind {
@@ -171,12 +185,14 @@ fn begin(way: &Way, memory: &Memory, landings: &Arc<Landings>, dir: &Path) -> an
         Kind::P2p => bail!("{way} needs a build with feature cuda"),
         Kind::Aes => Box::new(aes::Aes::new(memory)?),
         Kind::Cma => Box::new(cma::Cma::new(memory)),
-        Kind::Tcp => Box::new(tcp::Tcp::new(way, memory, landings)?),
+        Kind::Tcp => Box::new(tcp::Tcp::new(way, listen, memory, landings)?),
         Kind::Ours { path, .. } => {
             let config = ours::config(path, way.tuning()?, way.connections);
-            Box::new(ours::Ours::new(&identity()?, config, memory, landings)?)
+            Box::new(ours::Ours::new(&identity()?, listen, config, memory, landings)?)
         }
-        Kind::Quinn { .. } => Box::new(quinn::Bare::new(&identity()?, way.tuning()?, memory, landings)?),
+        Kind::Quinn { .. } => {
+            Box::new(quinn::Bare::new(&identity()?, listen, way.tuning()?, memory, landings)?)
+        }
         Kind::Nixl { .. } | Kind::Mooncake => bail!("{way} is run by a script"),
     })
 }
@@ -200,6 +216,14 @@ fn ping(end: &mut dyn End, slots: Slots, most: usize, time: Duration) -> anyhow:
         }
     }
     Ok(answer)
+}
+
+/// Which monotonic clock this process reads, how many processors it has, and what they are.
+fn machine() -> anyhow::Result<String> {
+    let file = "/proc/sys/kernel/random/boot_id";
+    let boot = std::fs::read_to_string(file).context(file)?;
+    let cpus = std::thread::available_parallelism().map_or(0, usize::from);
+    Ok(format!("{} {cpus} {}", boot.trim(), tandem_benches::cpu_model()))
 }
 
 /// The monotonic clock, which all processes of a host share, in nanoseconds.

@@ -3,7 +3,7 @@
 //! machine: a plain copy, the kernel's copy between processes, plain TCP, AES-GCM, quinn without our layers, NIXL and
 //! Mooncake.
 //!
-//! Under `scripts/two-hosts` the bytes go from one host to the other, over its link.
+//! Under `scripts/two-hosts`, and with `--hosts`, the bytes go from one host to the other.
 //!
 //! Every sample's bytes are checked where they landed. Processor time is counted in each process around the
 //! sample alone.
@@ -17,6 +17,7 @@ mod ours;
 #[cfg(feature = "cuda")]
 mod p2p;
 mod pattern;
+mod place;
 mod plot;
 mod process;
 mod quinn;
@@ -26,7 +27,8 @@ mod way;
 
 use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
-use std::net::{Ipv4Addr, SocketAddr};
+use place::Place;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 use tandem_process::units::bytes;
@@ -56,7 +58,8 @@ use way::Way;
     transport --ways memcpy,cma,shm,nixl,mooncake --peer .venv/bin/python\n  \
     transport --ways tcp,shm,tls --sizes 16MiB --extents 1,16,256,4096\n  \
     transport --ways memcpy,shm,tls --sizes 1MiB --peers 1,2,4,8\n  \
-    scripts/two-hosts --delay 20ms --loss 0.1% -- transport --ways tcp,tcp-bbr,quic-1452:2 --sizes 1MiB --under-way 16MiB --seconds 5 --rounds 3"
+    scripts/two-hosts --delay 20ms --loss 0.1% -- transport --ways tcp,tcp-bbr,quic-1452:2 --sizes 1MiB --under-way 16MiB --seconds 5 --rounds 3\n  \
+    transport --ways tcp,tls,quic-1452 --hosts '10.0.0.1 ssh a env -C /tmp/x ./transport' '10.0.0.2 ssh b env -C /tmp/x ./transport'"
 )]
 struct Options {
     /// What to measure, of the list below. Append -NAME for another congestion control than the usual (quic, quinn:
@@ -99,6 +102,11 @@ struct Options {
     /// A Python with NIXL and Mooncake (benches/peers/transfer-requirements.txt). Measures both, unless --ways names one.
     #[arg(long, value_name = "PYTHON")]
     peer: Option<PathBuf>,
+    /// Two hosts, for the sender and for all that it sends to: each the address at which the other reaches it, and the
+    /// command that starts this program there, in a folder with `tls/ca.pem`, as one argument. With a port, each process
+    /// there takes one from it on. On two machines, when a message was seen to land is not measured: no clock is common.
+    #[arg(long, num_args = 2, value_names = ["SENDER", "RECEIVERS"])]
+    hosts: Vec<Place>,
     /// Where to write the figures, as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -113,20 +121,26 @@ struct Options {
 enum Role {
     /// One process of a way, which this program starts by itself.
     #[command(hide = true)]
-    End { way: Way, index: usize, region: usize, dir: PathBuf },
+    End { way: Way, index: usize, region: usize, listen: SocketAddr, dir: PathBuf },
 }
 
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// Where the identity lies on other hosts.
+const IDENTITY: &str = "tls";
 /// The largest message.
 const MAX_SIZE: usize = 1 << 30;
 
 fn main() -> anyhow::Result<()> {
     let mut options = Options::parse();
-    if let Some(Role::End { way, index, region, dir }) = &options.role {
-        return end::serve(way, *index, *region, dir);
+    if let Some(Role::End { way, index, region, listen, dir }) = &options.role {
+        return end::serve(way, *index, *region, *listen, dir);
     }
     options.check()?;
+    if !options.hosts.is_empty() {
+        let measured = measure::all(&options, std::path::Path::new(IDENTITY))?;
+        return report::report(&options, &measured);
+    }
     let dir = std::env::temp_dir().join(format!("tandem-bench-{}", std::process::id()));
     std::fs::create_dir(&dir).with_context(|| format!("{}", dir.display()))?;
     let outcome = measure::all(&options, &dir);
@@ -155,6 +169,9 @@ impl Options {
             !self.both_ways || self.peers == [1],
             "--both-ways is between two processes: leave out --peers, which is one process sending to several"
         );
+        if let Some(way) = self.ways.iter().find(|way| way.is_peer() && !self.hosts.is_empty()) {
+            anyhow::bail!("--ways {way} is run by a script of this host: leave it out, or leave out --hosts");
+        }
         for (at, way) in self.ways.iter().enumerate() {
             ensure!(!self.ways[..at].contains(way), "--ways {way} is there twice");
             ensure!(
@@ -164,10 +181,4 @@ impl Options {
         }
         Ok(())
     }
-}
-
-/// Where this process listens: on its host of `scripts/two-hosts`, or on loopback.
-fn here() -> anyhow::Result<SocketAddr> {
-    let ip = std::env::var("TWO_HOSTS_IP").unwrap_or_else(|_| Ipv4Addr::LOCALHOST.to_string());
-    Ok(SocketAddr::new(ip.parse()?, 0))
 }

@@ -2,6 +2,7 @@
 
 use crate::Options;
 use crate::pattern::Slots;
+use crate::place::Place;
 use crate::process::{Process, Setting};
 use crate::way::{Kind, Way};
 use anyhow::{Context, ensure};
@@ -46,21 +47,52 @@ pub(crate) struct Sample {
     pub(crate) landed_us: Vec<f64>,
 }
 
+/// Where processes run.
+#[derive(PartialEq, Eq)]
+pub(crate) struct Machine {
+    /// Which monotonic clock they read.
+    clock: String,
+    pub(crate) cpus: usize,
+    pub(crate) cpu: String,
+}
+
+impl Machine {
+    pub(crate) fn parse(text: &str) -> anyhow::Result<Machine> {
+        let mut words = text.splitn(3, ' ').map(str::to_owned);
+        let mut next = || words.next().context("a clock, a number of processors and their name");
+        Ok(Machine { clock: next()?, cpus: next()?.parse()?, cpu: next()? })
+    }
+}
+
+/// What was found, and where: the sender's machine, and that of the others if it is another one.
+pub(crate) struct Measured {
+    pub(crate) samples: Vec<Sample>,
+    pub(crate) machines: Vec<Machine>,
+}
+
 /// The processes of a way.
 struct Ends {
     sender: Process,
     receivers: Vec<Process>,
+    /// None if it is another engine, which cannot say.
+    machines: Option<Vec<Machine>>,
 }
 
-pub(crate) fn all(options: &Options, dir: &Path) -> anyhow::Result<Vec<Sample>> {
+pub(crate) fn all(options: &Options, dir: &Path) -> anyhow::Result<Measured> {
     let points = points(options)?;
     let region = options.sizes.iter().copied().max().unwrap_or(0).max(REGION);
-    // Before the processes that share it look for it.
-    tandem_transport::Identity::load_or_create(dir)?;
-    let setting = Setting { region, dir, python: options.peer.as_deref() };
+    let places = match <[Place; 2]>::try_from(options.hosts.clone()) {
+        Ok(places) => places,
+        Err(_) => {
+            // Before the processes that share it look for it.
+            tandem_transport::Identity::load_or_create(dir)?;
+            Place::usual()?
+        }
+    };
+    let mut setting = Setting { region, dir, python: options.peer.as_deref(), places };
     let mut ends = Vec::new();
     for way in &options.ways {
-        ends.push(start(way, options, &setting).with_context(|| format!("{way}"))?);
+        ends.push(start(way, options, &mut setting).with_context(|| format!("{way}"))?);
     }
     let of_round =
         points.iter().map(|point| options.ways.iter().filter(|way| has(options, way, *point)).count());
@@ -85,7 +117,7 @@ pub(crate) fn all(options: &Options, dir: &Path) -> anyhow::Result<Vec<Sample>> 
                     Err(error) if name.is_peer() => {
                         eprintln!("left out from here on: {error:#}");
                         given_up.push((way, point));
-                        *ends = start(name, options, &setting)?;
+                        *ends = start(name, options, &mut setting)?;
                     }
                     Err(error) => return Err(error),
                 }
@@ -93,7 +125,8 @@ pub(crate) fn all(options: &Options, dir: &Path) -> anyhow::Result<Vec<Sample>> 
         }
     }
     ensure!(!found.is_empty(), "nothing was measured");
-    Ok(found)
+    let machines = ends.into_iter().filter_map(|ends| ends.machines).max_by_key(Vec::len);
+    Ok(Measured { samples: found, machines: machines.unwrap_or_default() })
 }
 
 /// Limits that need one process only are measured once for all numbers of peers.
@@ -126,7 +159,7 @@ fn points(options: &Options) -> anyhow::Result<Vec<Point>> {
     Ok(points)
 }
 
-fn start(way: &Way, options: &Options, setting: &Setting<'_>) -> anyhow::Result<Ends> {
+fn start(way: &Way, options: &Options, setting: &mut Setting<'_>) -> anyhow::Result<Ends> {
     let peers = options.peers.iter().copied().max().map_or(1, usize::from);
     let receivers = match way.kind {
         // The second copies for itself.
@@ -148,7 +181,17 @@ fn start(way: &Way, options: &Options, setting: &Setting<'_>) -> anyhow::Result<
             receiver.connect(&[sender.open(way, receiver)?])?;
         }
     }
-    let ends = Ends { sender, receivers };
+    let machines = if way.is_peer() {
+        None
+    } else {
+        let mut machines = vec![sender.machine()?];
+        for receiver in receivers.iter_mut().take(1) {
+            machines.push(receiver.machine()?);
+        }
+        machines.dedup_by(|a, b| a.clock == b.clock);
+        Some(machines)
+    };
+    let ends = Ends { sender, receivers, machines };
     ends.let_run(way, ends.receivers.len(), false)?;
     Ok(ends)
 }
@@ -250,18 +293,18 @@ impl Ends {
     }
 
     fn ping(&mut self, options: &Options, way: &Way, slots: Slots) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
-        if way.tells_landings() {
+        // Both ends look at one clock, or know nothing of it.
+        let tells =
+            way.tells_landings() && self.machines.as_ref().is_some_and(|machines| machines.len() == 1);
+        if tells {
             self.receivers[0].ask(&format!("watch {}", slots.extents))?;
         }
         let pings = self.sender.list(&format!("ping {} {} {slots}", options.pings, options.seconds))?;
         let (begun, took): (Vec<_>, Vec<_>) = pings.chunks_exact(2).map(|ping| (ping[0], ping[1])).unzip();
-        let landed = if way.tells_landings() {
-            self.receivers[0].list(&format!("landings {}", begun.len()))?
-        } else {
-            Vec::new()
-        };
+        let landed =
+            if tells { self.receivers[0].list(&format!("landings {}", begun.len()))? } else { Vec::new() };
         ensure!(
-            !way.tells_landings() || landed.len() == begun.len(),
+            !tells || landed.len() == begun.len(),
             "{} of {} lone messages were seen to land",
             landed.len(),
             begun.len()

@@ -1,10 +1,11 @@
 //! The transport, held to one path. Each extent of a message is a write.
 
+use crate::PATIENCE;
 use crate::end::{End, Landings, Memory};
 use crate::pattern::Slots;
-use crate::{PATIENCE, here};
 use anyhow::{Context, bail, ensure};
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 use std::thread::Thread;
@@ -59,13 +60,14 @@ struct Node {
 impl Ours {
     pub(crate) fn new(
         identity: &Identity,
+        listen: SocketAddr,
         config: NetConfig,
         memory: Memory,
         landings: Arc<Landings>,
     ) -> anyhow::Result<Ours> {
         #[cfg(feature = "cuda")]
         let config = NetConfig { gpu: memory.landing.twin().map(|twin| Arc::clone(twin.device())), ..config };
-        let mut transport = NetTransport::bind(here()?, identity, config)?;
+        let mut transport = NetTransport::bind(listen, identity, config)?;
         transport.register(Arc::clone(&memory.source))?;
         let region = transport.register(Arc::clone(&memory.landing))?;
         let hello = format!("{} {}", identity.node().0, transport.local_addr());

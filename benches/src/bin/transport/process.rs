@@ -1,10 +1,13 @@
 //! The processes of a way, as the one that measures sees them.
 
 use crate::PATIENCE;
+use crate::measure::Machine;
 use crate::pattern::Slots;
+use crate::place::Place;
 use crate::way::{Kind, Way};
 use anyhow::{Context, ensure};
 use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -31,38 +34,42 @@ pub(crate) struct Setting<'a> {
     pub(crate) dir: &'a Path,
     /// Python with the peers.
     pub(crate) python: Option<&'a Path>,
+    /// Of the sender, and of all others.
+    pub(crate) places: [Place; 2],
 }
 
 impl Process {
-    /// Starts the process of this index: 0 sends to all others. Under `scripts/two-hosts`, these run on the second host.
-    pub(crate) fn start(way: &Way, index: usize, setting: &Setting<'_>) -> anyhow::Result<Process> {
-        let mut words = Vec::new();
-        let peer = std::env::var("TWO_HOSTS_PEER").ok().filter(|_| index > 0);
-        if let Some(host) = &peer {
-            words.extend(["ip", "netns", "exec", host].map(Into::into));
+    /// Starts the process of this index: 0 sends to all others.
+    pub(crate) fn start(way: &Way, index: usize, setting: &mut Setting<'_>) -> anyhow::Result<Process> {
+        let place = &mut setting.places[index.min(1)];
+        let (name, listen) = (format!("{way}'s process {index}, {}", place.command.join(" ")), place.addr);
+        if listen.port() > 0 {
+            let next = listen.port().checked_add(1).context("no ports are left above")?;
+            place.addr.set_port(next);
         }
         let (index, region) = (index.to_string(), setting.region.to_string());
+        let mut words: Vec<OsString> = place.command.iter().map(OsString::from).collect();
         if way.is_peer() {
             let python = setting.python.with_context(|| {
                 format!("{way} needs --peer PYTHON, with what benches/peers/transfer-requirements.txt lists")
             })?;
+            // In the place of this program.
+            words.pop();
             words.push(python.into());
             words.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/transfer.py").into_os_string());
             words.extend([way.name.as_str(), &index, &region].map(Into::into));
         } else {
-            words.push(std::env::current_exe()?.into_os_string());
-            words.extend(["end", &way.name, &index, &region].map(Into::into));
+            words.extend(["end", &way.name, &index, &region, &listen.to_string()].map(Into::into));
             words.push(setting.dir.into());
         }
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        if peer.is_some() {
-            command.env("TWO_HOSTS_IP", std::env::var("TWO_HOSTS_PEER_IP")?);
+        if way.is_peer() {
+            command.env("TWO_HOSTS_IP", listen.ip().to_string());
         }
         if way.kind == (Kind::Nixl { tcp: true }) {
             command.env("UCX_TLS", "tcp");
         }
-        let name = format!("{way}'s process {index}");
         let mut child = command.spawn().with_context(|| format!("{name}: {}", words[0].display()))?;
         let (stdin, stdout) = (child.stdin.take(), child.stdout.take().context("piped")?);
         let (line, lines) = mpsc::sync_channel(16);
@@ -121,6 +128,11 @@ impl Process {
     /// Makes these the peers that it sends to.
     pub(crate) fn connect(&mut self, peers: &[String]) -> anyhow::Result<()> {
         self.ask(&format!("connect {}", peers.join("\t"))).map(drop)
+    }
+
+    /// Where it runs.
+    pub(crate) fn machine(&mut self) -> anyhow::Result<Machine> {
+        Machine::parse(&self.ask("machine")?)
     }
 
     pub(crate) fn cpu(&mut self) -> anyhow::Result<f64> {

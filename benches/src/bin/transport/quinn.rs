@@ -1,8 +1,8 @@
 //! quinn with the transport's settings and without its layers: a stream for each extent, one answer each.
 
+use crate::PATIENCE;
 use crate::end::{End, Landings, Memory};
 use crate::pattern::{Slots, bytes, bytes_mut};
-use crate::{PATIENCE, here};
 use anyhow::{Context, ensure};
 use bytes::Bytes;
 use quinn::{Connection, Endpoint, RecvStream};
@@ -60,6 +60,7 @@ impl Bare {
     /// Lands what comes, on a thread of its own.
     pub(crate) fn new(
         identity: &Identity,
+        listen: SocketAddr,
         tuning: Tuning,
         memory: Memory,
         landings: Arc<Landings>,
@@ -68,7 +69,7 @@ impl Bare {
         let receiving = runtime()?;
         let (endpoint, _) = {
             let _inside = receiving.enter();
-            bare_endpoint(here()?, identity, &tuning)?
+            bare_endpoint(listen, identity, &tuning)?
         };
         let addr = endpoint.local_addr()?;
         let landing = Arc::clone(&memory.landing);
@@ -87,9 +88,9 @@ impl End for Bare {
     }
 
     fn connect(&mut self, hellos: &[&str]) -> anyhow::Result<()> {
-        let Bare { identity, tuning, runtime, memory, links, .. } = self;
+        let Bare { addr, identity, tuning, runtime, memory, links, .. } = self;
         self.endpoint = Some(runtime.block_on(async {
-            let (endpoint, connect) = bare_endpoint(here()?, identity, tuning)?;
+            let (endpoint, connect) = bare_endpoint(SocketAddr::new(addr.ip(), 0), identity, tuning)?;
             for hello in hellos {
                 let connection = connect(hello.parse()?)?.await?;
                 // Seen by the peer only once something is sent on it.

@@ -1,10 +1,11 @@
 //! What the samples say: medians, ratios, and where they are written.
 
-use crate::measure::{Point, Sample};
+use crate::measure::{Measured, Point, Sample};
 use crate::way::{Kind, Way};
 use crate::{Options, plot};
 use anyhow::Context;
 use serde_json::json;
+use tandem_benches::median;
 
 /// What was found of a way at a point.
 pub(crate) struct Figure<'a> {
@@ -38,7 +39,8 @@ const SPEED: Of = |sample| sample.gb_per_s;
 const CPU_SEND: Of = |sample| sample.cpu_send;
 const CPU_RECEIVE: Of = |sample| sample.cpu_receive;
 
-pub(crate) fn report(options: &Options, samples: &[Sample]) -> anyhow::Result<()> {
+pub(crate) fn report(options: &Options, measured: &Measured) -> anyhow::Result<()> {
+    let Measured { samples, machines } = measured;
     let figures = figures(options, samples);
     print(&figures);
     for (way, name) in options.ways.iter().enumerate() {
@@ -55,15 +57,16 @@ pub(crate) fn report(options: &Options, samples: &[Sample]) -> anyhow::Result<()
         let command: Vec<_> = std::env::args().collect();
         let rows: Vec<_> = figures.iter().map(Figure::json).collect();
         let all = json!({
-            "command": command.join(" "), "cpu": tandem_benches::cpu_model(),
-            "cpus": std::thread::available_parallelism().map_or(0, usize::from),
+            "command": command.join(" "),
+            "machines": machines.iter().map(|m| json!({"cpu": m.cpu, "cpus": m.cpus})).collect::<Vec<_>>(),
             "rounds": options.rounds, "seconds": options.seconds, "both_ways": options.both_ways, "figures": rows,
         });
         std::fs::write(file, serde_json::to_string_pretty(&all)?)
             .with_context(|| format!("{}", file.display()))?;
     }
     if let Some(file) = &options.svg {
-        std::fs::write(file, plot::svg(options, &figures)).with_context(|| format!("{}", file.display()))?;
+        std::fs::write(file, plot::svg(options, &figures, machines))
+            .with_context(|| format!("{}", file.display()))?;
     }
     Ok(())
 }
@@ -119,11 +122,6 @@ impl Latency {
     fn json(&self) -> serde_json::Value {
         json!({"p50_us": self.p50, "p99_us": self.p99, "messages": self.messages})
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 impl Figure<'_> {

@@ -1,9 +1,9 @@
 //! Plain TCP, as fast as it goes: a thread for each connection, straight from and into the regions.
 
+use crate::PATIENCE;
 use crate::end::{End, Landings, Memory};
 use crate::pattern::{Slots, bytes, bytes_mut};
 use crate::way::Way;
-use crate::{PATIENCE, here};
 use anyhow::Context;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -26,8 +26,13 @@ pub(crate) struct Tcp {
 
 impl Tcp {
     /// Lands what comes, on threads that end with their connections.
-    pub(crate) fn new(way: &Way, memory: Memory, landings: Arc<Landings>) -> anyhow::Result<Tcp> {
-        let listener = TcpListener::bind(here()?)?;
+    pub(crate) fn new(
+        way: &Way,
+        listen: SocketAddr,
+        memory: Memory,
+        landings: Arc<Landings>,
+    ) -> anyhow::Result<Tcp> {
+        let listener = TcpListener::bind(listen).with_context(|| format!("listening on {listen}"))?;
         let addr = listener.local_addr()?;
         let landing = memory.clone();
         std::thread::spawn(move || {

@@ -1,7 +1,7 @@
 //! RDMA verbs as safe types: all foreign calls and all unsafe code of this backend are here.
 //!
 //! - [`Device`]: an opened device with its protection domain, ports and asynchronous events.
-//! - [`MemoryRegion`] and [`MemoryWindow`]: what a device may touch, and what a peer may write of it.
+//! - [`Memory`], [`MemoryRegion`] and [`MemoryWindow`]: what a device may touch, and what a peer may write of it.
 //! - [`CompletionQueue`] and [`QueuePair`]: work posted and its ends.
 //!
 //! Each frees itself when dropped, and holds what must outlive it. Nothing here can be made to touch memory
@@ -20,7 +20,7 @@ pub(in crate::rdma) mod tests;
 mod wait;
 
 pub(crate) use device::{AsyncEvent, Device, LinkLayer, Port, names};
-pub(crate) use memory::{Local, MemoryRegion, MemoryWindow};
+pub(crate) use memory::{Local, Memory, MemoryRegion, MemoryWindow, Rights};
 #[cfg(test)]
 pub(crate) use queue::Withheld;
 pub(crate) use queue::{Completion, CompletionQueue, Ended, QueuePair, QueuePairLimits, Remote, Work};

@@ -1,7 +1,9 @@
 //! Queue pairs, the work posted on them, and its ends.
 
 use super::wait::set_nonblocking;
-use super::{Device, LinkLayer, Local, MemoryRegion, MemoryWindow, Port, VerbsError, check, refused};
+use super::{
+    Device, LinkLayer, Local, Memory, MemoryRegion, MemoryWindow, Port, Rights, VerbsError, check, refused,
+};
 use rdma_mummy_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -251,7 +253,8 @@ impl QueuePair {
             bytes => {
                 let memory = HostRegion::map(bytes)
                     .map_err(|error| refused(device.name(), "receive messages", io::Error::other(error)))?;
-                Some(MemoryRegion::host(device, memory, device.memory_windows)?)
+                let memory = Memory::host(memory);
+                Some(MemoryRegion::new(device, &memory, 0..bytes, Rights::Own)?)
             }
         };
         // SAFETY: the structure is plain numbers and pointers, for which zero is a value.

@@ -27,7 +27,13 @@ struct End {
     device: Arc<Device>,
     completions: Arc<CompletionQueue>,
     pair: QueuePair,
+    memory: Arc<HostRegion>,
     region: MemoryRegion,
+}
+
+fn registered(device: &Arc<Device>, memory: &Arc<HostRegion>) -> MemoryRegion {
+    let memory = Memory::host(Arc::clone(memory));
+    MemoryRegion::new(device, &memory, 0..memory.len(), Rights::Windows).unwrap()
 }
 
 impl End {
@@ -37,8 +43,9 @@ impl End {
         assert!(port.mtu <= MTU_4096 && port.gid[8..12] == [0, 0, 0xff, 0xff], "{port:?}");
         let completions = CompletionQueue::new(&device, 128).unwrap();
         let pair = QueuePair::new(&port, &completions, LIMITS).unwrap();
-        let region = MemoryRegion::host(&device, HostRegion::map(1 << 20).unwrap(), true).unwrap();
-        End { device, completions, pair, region }
+        let memory = HostRegion::map(1 << 20).unwrap();
+        let region = registered(&device, &memory);
+        End { device, completions, pair, memory, region }
     }
 
     fn remote(&self, packet: u32) -> Remote {
@@ -118,7 +125,7 @@ fn a_window_is_written_while_it_is_bound_and_never_after() {
     for names in [[&names[0], &names[1]], [&names[0], &names[0]]] {
         let [writer, reader] = connected(names);
         assert!(reader.device.memory_windows);
-        let source = writer.region.memory().unwrap().extent(7..50_007).unwrap();
+        let source = writer.memory.extent(7..50_007).unwrap();
         // SAFETY: this test is the only holder, and nothing is posted.
         unsafe { source.bytes_mut() }.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i % 251) as u8);
         let expected: Vec<u8> = (0..50_000).map(|i| (i % 251) as u8).collect();
@@ -166,7 +173,7 @@ fn what_is_not_in_the_window_is_not_written() {
     // left to NICs: soft-RoCE checks the region's only.)
     for case in 0..3 {
         let [writer, reader] = connected([&names[0], &names[1]]);
-        let source = writer.region.memory().unwrap().extent(0..4096).unwrap();
+        let source = writer.memory.extent(0..4096).unwrap();
         // SAFETY: this test is the only holder, and nothing is posted.
         unsafe { source.bytes_mut() }.fill(1);
         let mut window = MemoryWindow::new(&reader.device).unwrap();
@@ -177,7 +184,7 @@ fn what_is_not_in_the_window_is_not_written() {
             1 => writer.write(10, inside + (1 << 20), key),
             _ => {
                 let port = reader.device.ports().remove(0).unwrap();
-                let own = MemoryRegion::host(&writer.device, HostRegion::map(4096).unwrap(), true).unwrap();
+                let own = registered(&writer.device, &HostRegion::map(4096).unwrap());
                 let pairs = [&writer, &reader].map(|end| {
                     let port = if std::ptr::eq(end, &raw const reader) { &port } else { writer.pair.port() };
                     QueuePair::new(port, &end.completions, LIMITS).unwrap()
@@ -201,15 +208,52 @@ fn what_is_not_in_the_window_is_not_written() {
     }
 }
 
+/// As windows are registered for memory that no memory window is bound to.
+#[test]
+fn a_part_that_is_registered_by_itself_is_written_until_it_is_not() {
+    let Some(names) = device_names() else { return };
+    let range = 1001..51_001;
+    // Inside; before it; across its end; and where it was.
+    for (case, at) in [range.start, range.start - 1, range.end - 99, range.start].into_iter().enumerate() {
+        let [writer, reader] = connected([&names[0], &names[1]]);
+        let source = writer.memory.extent(0..200).unwrap();
+        // SAFETY: this test is the only holder, and nothing is posted.
+        unsafe { source.bytes_mut() }.fill(1);
+        let memory = Memory::host(Arc::clone(&reader.memory));
+        let part = MemoryRegion::new(&reader.device, &memory, range.clone(), Rights::Peers).unwrap();
+        assert_eq!(part.address_of(&(range.start - 1..range.end)), None);
+        assert_eq!(part.local(range.start..range.end + 1), None);
+        let (key, to) = (part.remote_key(), reader.memory.base() as u64 + at as u64);
+        let mut part = Some(part);
+        if case == 3 {
+            part = None;
+        }
+        writer.write(100, to, key);
+        assert_eq!(failed(writer.next().ended), case > 0, "case {case}");
+        drop(part);
+        let landed = reader.bytes(0..60_000).iter().filter(|byte| **byte != 0).count();
+        // Both halves of the write are work of their own: the first lies inside when the second does not.
+        assert_eq!(landed, [100, 0, 50, 0][case], "case {case}");
+    }
+}
+
+/// Soft-RoCE takes no dma-buf at all, and its kernel makes none: that a NIC takes one is not seen here.
 #[test]
 fn dma_buf_memory_is_refused_with_the_reason() {
     let Some(names) = device_names() else { return };
     let device = Arc::new(Device::open(&names[0]).unwrap());
-    let file = std::fs::File::open("/dev/zero").unwrap();
-    let fd = std::os::fd::AsFd::as_fd(&file);
-    let error = MemoryRegion::dma_buf(&device, fd, 0, 4096, 0).err().expect("this is no dma-buf");
-    println!("{error}");
-    assert!(matches!(error, VerbsError::DmaBuf { len: 4096, .. }));
+    let region = HostRegion::map(1 << 20).unwrap();
+    let check = |range: std::ops::Range<usize>| {
+        let file = std::fs::File::open("/dev/zero").unwrap();
+        let memory = Memory::dma_buf(Arc::clone(&region), file.into(), region.base() as u64);
+        let error = MemoryRegion::new(&device, &memory, range.clone(), Rights::Peers).err().unwrap();
+        println!("{error}");
+        assert!(matches!(&error, VerbsError::DmaBuf { len, .. } if *len == range.len()), "{error}");
+    };
+    // No dma-buf; no range; one that leaves the region.
+    check(0..4096);
+    check(4096..4096);
+    check(4096..(1 << 20) + 1);
 }
 
 #[test]
