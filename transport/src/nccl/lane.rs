@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use tandem_memory::Extent;
 use tandem_memory::cuda::{Copies, Device, DeviceExtent, Mark};
 
-/// How long NCCL may move nothing in the middle of a parcel. Whether the peer lives is the session's to notice, and faster.
+/// How long NCCL may take for a parcel whose turn has come. Whether the peer lives is the session's to notice, and faster.
 const STALL: Duration = Duration::from_secs(2);
 /// From so many bytes on an engine copies a piece; a kernel takes those that are shorter, many at once.
 const ENGINE_FROM: usize = 1 << 20;
@@ -65,7 +65,7 @@ struct Work {
     packing: Packing,
     /// Parcels that are not answered, oldest first: when their bytes were staged, if they have any.
     staged: VecDeque<Option<Mark>>,
-    /// Sends that may not be over.
+    /// Sends that may not be over, oldest first: since when each is NCCL's next.
     sends: VecDeque<(Instant, Mark)>,
     into: Comm,
     unpacking: Unpacking,
@@ -78,6 +78,7 @@ struct Work {
 }
 
 struct Arriving {
+    /// When it was asked for, or came to be NCCL's next.
     since: Instant,
     /// None of a parcel without bytes.
     mark: Option<Mark>,
@@ -315,6 +316,9 @@ impl NcclLane {
                 break;
             }
             let Some(Arriving { parcel, .. }) = work.arriving.pop_front() else { break };
+            if let Some(next) = work.arriving.front_mut() {
+                next.since = Instant::now();
+            }
             any = true;
             let mut pieces = Vec::with_capacity(parcel.pieces.len());
             for piece in parcel.pieces {
@@ -449,6 +453,9 @@ impl Work {
             && mark.is_over()?
         {
             self.sends.pop_front();
+            if let Some((since, _)) = self.sends.front_mut() {
+                *since = Instant::now();
+            }
         }
         let posted = self.sends.front().map(|(since, _)| since);
         let awaited = self.arriving.front().map(|arriving| &arriving.since);

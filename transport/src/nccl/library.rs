@@ -165,6 +165,8 @@ impl Comm {
             size: size_of::<ncclConfig_t>(),
             magic: CONFIG_MAGIC,
             version: CONFIG_VERSION,
+            // One that blocks is begun sooner. But nobody can end its making, and to end it later from another thread
+            // frees what the call that hangs still reads.
             blocking: 0,
             cgaClusterSize: UNDEFINED,
             minCTAs: UNDEFINED,

@@ -58,7 +58,7 @@ pub(crate) enum Error {
     Refused { what: &'static str, why: String },
     #[error("gave up waiting for NCCL to {0}")]
     TooLong(&'static str),
-    #[error("NCCL moved nothing for {0:?}")]
+    #[error("NCCL did not carry a parcel within {0:?}")]
     Stalled(Duration),
     #[error("the peer broke a rule: {0}")]
     Rule(&'static str),
