@@ -1,5 +1,5 @@
-//! What lanes between GPUs promise while these copy, which the contract's sizes are too small to show. Without a GPU, or
-//! two and NCCL for its lane, each test says that it was skipped, and passes.
+//! What lanes between GPUs promise while these copy, which the contract's sizes are too small to show. Without
+//! a GPU, or two and NCCL for its lane, each test says that it was skipped, and passes.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::ops::Range;
@@ -195,8 +195,8 @@ fn a_closed_window_is_its_owners(path: Path) {
     assert!(in_the_middle > 6);
 }
 
-/// Failed on either side in the middle of writes of every kind, NCCL's lane leaves the rest to QUIC; every byte lands once,
-/// and the lane is made anew.
+/// Failed on either side in the middle of writes of every kind, NCCL's lane leaves the rest to QUIC; every byte
+/// lands once, and the lane is made anew.
 #[test]
 fn what_nccl_leaves_goes_another_way() {
     let Some([mut writer, mut reader]) = ends("failed", &[Path::Nccl, Path::Quic]) else { return };

@@ -17,7 +17,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tandem_memory::cuda::Device;
 
-/// Lanes that this process dialled in vain, at most: each may leave a thread of NCCL that waits for the peer for ever.
+/// Lanes that this process dialled in vain, at most: each may leave a thread of NCCL that waits for the peer
+/// for ever.
 const MAX_FRUITLESS: u32 = 16;
 /// Bytes that each direction is tried with.
 const TRIAL: usize = 16;
@@ -54,8 +55,8 @@ impl Here {
         Offer { port, ..self.offer }
     }
 
-    /// Makes both communicators, and tries them: the dialler's has rank 0, and the first is its own to send with. Returns
-    /// the one to send with, and the one to receive by.
+    /// Makes both communicators, and tries them: the dialler's has rank 0, and the first is its own to send
+    /// with. Returns the one to send with, and the one to receive by.
     fn join(
         &self,
         ids: &[[u8; ID_BYTES]; 2],

@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 use tandem_memory::Extent;
 use tandem_memory::cuda::{Copies, Device, DeviceExtent, Mark};
 
-/// How long NCCL may take for a parcel whose turn has come. Whether the peer lives is the session's to notice, and faster.
+/// How long NCCL may take for a parcel whose turn has come. Whether the peer lives is the session's to notice,
+/// and faster.
 const STALL: Duration = Duration::from_secs(2);
 /// From so many bytes on an engine copies a piece; a kernel takes those that are shorter, many at once.
 const ENGINE_FROM: usize = 1 << 20;
@@ -36,16 +37,16 @@ const WATCH: Duration = Duration::from_millis(100);
 /// How long to wait for the node loop before looking at what else there is.
 const UNPOLLED: Duration = Duration::from_millis(1);
 
-/// Locks are taken in this order: `open`, then a life's state or a window. `queue` is held for single operations only, also
-/// under a life's state.
+/// Locks are taken in this order: `open`, then a life's state or a window. `queue` is held for single
+/// operations only, also under a life's state.
 pub(super) struct NcclLane {
     id: LaneId,
     copies: Copies,
     queue: Mutex<VecDeque<Job>>,
     /// Bytes pushed and not settled.
     load: AtomicU64,
-    /// The gate of sources and windows: held while copies from or to them are started, and while landings are reported.
-    /// False once that is over for good.
+    /// The gate of sources and windows: held while copies from or to them are started, and while landings are
+    /// reported. False once that is over for good.
     open: Mutex<bool>,
     /// As `open`, for those who need no certainty.
     closed: AtomicBool,
@@ -401,7 +402,8 @@ impl NcclLane {
                 if !node.wait_until_polled(UNPOLLED) {
                     return Ok(any);
                 }
-                // The end of a life closes its lanes and then its windows: what is refused for that is nobody's fault.
+                // The end of a life closes its lanes and then its windows: what is refused for that is nobody's
+                // fault.
                 let open = lock(&self.open);
                 let Some((header, fate)) = ended.pop_front().filter(|_| *open) else { return Ok(false) };
                 let landed = match fate {

@@ -24,8 +24,8 @@ const CONFIG_MAGIC: c_uint = 0xcafe_beef;
 const UNDEFINED: c_int = c_int::MIN;
 /// Multiprocessors of a communicator: what else the GPU computes has the others.
 const MAX_BLOCKS: c_int = 32;
-/// How long to look for what NCCL begins without a pause, and how often then. It makes a thread for each transfer, which is
-/// begun within a tenth of a millisecond; a communicator takes a second.
+/// How long to look for what NCCL begins without a pause, and how often then. It makes a thread for each
+/// transfer, which is begun within a tenth of a millisecond; a communicator takes a second.
 const SOON: Duration = Duration::from_millis(1);
 const NAP: Duration = Duration::from_micros(100);
 
@@ -132,9 +132,8 @@ impl Nccl {
     }
 }
 
-/// One rank of a communicator of two, which carries bytes one way, and the memory of the GPU that it reads or writes: the
-/// slots of parcels.
-/// Dropped, it is aborted, on a thread of its own: that may take a while.
+/// One rank of a communicator of two, which carries bytes one way, and the memory of the GPU that it reads or
+/// writes: the slots of parcels. Dropped, it is aborted, on a thread of its own: that may take a while.
 pub(super) struct Comm(Option<Raw>);
 
 struct Raw {
@@ -226,7 +225,8 @@ impl Comm {
         Ok(memory.extent(slot * SLOT..(slot + 1) * SLOT)?)
     }
 
-    /// Has the next bytes for the peer taken from this part of a slot, after `ready`. When the mark is over, they are.
+    /// Has the next bytes for the peer taken from this part of a slot, after `ready`. When the mark is over,
+    /// they are.
     pub(super) fn send(
         &mut self,
         from: &DeviceExtent,
@@ -244,7 +244,8 @@ impl Comm {
         self.posted("send", said, until)
     }
 
-    /// Has the peer's next bytes put into this part of a slot: exactly as many as it sends. When the mark is over, they are there.
+    /// Has the peer's next bytes put into this part of a slot: exactly as many as it sends. When the mark is
+    /// over, they are there.
     pub(super) fn receive(&mut self, to: &DeviceExtent, until: Instant) -> Result<Mark, Error> {
         let raw = self.raw()?;
         let (address, stream) = (to.address() as *mut c_void, raw.stream.cu_stream().cast());

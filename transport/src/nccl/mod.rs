@@ -1,12 +1,12 @@
 //! The NCCL lane, between GPUs of two hosts: NCCL's send and receive, over whatever it finds between them.
 //!
-//! A communicator has two ranks and no tags: what one sends next is what the other receives next. So a lane has one for
-//! each direction, and what goes through it is one stream of writes, one after the other, cut into *parcels*
-//! ([`order`]). The writer stages a parcel in memory of its own, hands it to NCCL and announces it over a TLS
-//! connection ([`message`]), with the headers of the writes that begin in it; the reader receives it into memory of its
-//! own, and then copies it through its windows. Windows and sources are never NCCL's: so closing a window, or taking a
-//! source back, waits for a copy within one GPU and never for the peer, refused bytes have a place to go, and a
-//! communicator can be aborted at any time ([`lane`]).
+//! A communicator has two ranks and no tags: what one sends next is what the other receives next. So a lane has
+//! one for each direction, and what goes through it is one stream of writes, one after the other, cut into
+//! *parcels* ([`order`]). The writer stages a parcel in memory of its own, hands it to NCCL and announces it
+//! over a TLS connection ([`message`]), with the headers of the writes that begin in it; the reader receives it
+//! into memory of its own, and then copies it through its windows. Windows and sources are never NCCL's: so
+//! closing a window, or taking a source back, waits for a copy within one GPU and never for the peer, refused
+//! bytes have a place to go, and a communicator can be aborted at any time ([`lane`]).
 //!
 //! NCCL does not encrypt, and asks nobody who they are. [`Offer::net`] says where it is used all the same.
 

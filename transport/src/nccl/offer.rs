@@ -45,9 +45,10 @@ impl Offer {
 
 #[cfg(feature = "cuda")]
 impl Offer {
-    /// Which networks a lane between the two may use. NCCL's bytes are not encrypted, and by itself it takes any network
-    /// that it finds. So a node that was told nothing uses it where the bytes stay on the host, and over RDMA, which is
-    /// trusted or not there ([`crate::rdma`]); over anything else only where both were told to.
+    /// Which networks a lane between the two may use. NCCL's bytes are not encrypted, and by itself it takes
+    /// any network that it finds. So a node that was told nothing uses it where the bytes stay on the host, and
+    /// over RDMA, which is trusted or not there ([`crate::rdma`]); over anything else only where both were told
+    /// to.
     pub(super) fn net(&self, peer: &Offer) -> Result<super::library::Net, super::Error> {
         use super::Error;
         use super::library::Net;

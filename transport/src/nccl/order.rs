@@ -1,9 +1,10 @@
 //! In which order a direction's bytes go, without anything that moves them.
 //!
 //! Writes follow one another as in a stream, which is cut into parcels. Both sides reckon by the same rule where in a
-//! parcel each piece of a write lies, so only headers need to be told. A parcel lies in one of few slots on each side,
-//! which it takes by its number, and the reader answers each when it has copied it out: so the writer never sends what
-//! has no place, each side knows of every byte what it is, and a slot is used again only when nobody reads it any more.
+//! parcel each piece of a write lies, so only headers need to be told. A parcel lies in one of few slots on
+//! each side, which it takes by its number, and the reader answers each when it has copied it out: so the
+//! writer never sends what has no place, each side knows of every byte what it is, and a slot is used again
+//! only when nobody reads it any more.
 
 use super::Error;
 use super::message::MAX_PIECES;

@@ -16,8 +16,8 @@ pub enum Path {
     CudaIpc,
     /// Shared memory of one host: one copy.
     Shm,
-    /// NCCL between GPUs, over what it finds between them: not encrypted. Needs a build with feature `cuda`, and memory on
-    /// GPUs and NCCL at both ends.
+    /// NCCL between GPUs, over what it finds between them: not encrypted. Needs a build with feature `cuda`,
+    /// and memory on GPUs and NCCL at both ends.
     Nccl,
     /// RDMA verbs, over InfiniBand or RoCE: no copy, not encrypted. Needs a build with feature `rdma`.
     Rdma,

@@ -1,5 +1,5 @@
-//! A TLS connection of a life that carries messages of a lane of another kind, which has no way of its own to prove who
-//! it is and to keep them to itself.
+//! A TLS connection of a life that carries messages of a lane of another kind, which has no way of its own to
+//! prove who it is and to keep them to itself.
 
 use super::frame::{Frame, Hello};
 use super::handshake::Deadline;
