@@ -47,7 +47,7 @@ impl NodeLoop for Decode {
     }
 
     fn run<E: Engine, K: Kernels<Pages = E::Pages>>(self, parts: Parts<E, K>) -> anyhow::Result<()> {
-        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board, join } = parts;
+        let Parts { clock, cluster, inbox, transport, engine, kv, kernels, board, join, .. } = parts;
         let (shape, landing) = (*kv.shape(), self.landing_memory);
         let inbound = Inbound::new(clock, cluster, inbox, transport, kernels, shape, landing)?;
         join();

@@ -439,6 +439,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             chunks_verified: received.verified,
             checksum_mismatches: received.corrupt,
             stale_writes: received.stale,
+            ..Shown::default()
         });
         if load != self.told && self.inbound.try_tell_router(&Message::Load(load)) {
             self.told = load;

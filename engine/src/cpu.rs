@@ -94,7 +94,7 @@ impl Engine for CpuEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut KvPages,
-        progress: &mut dyn FnMut(Progress, &KvPages),
+        progress: &mut dyn FnMut(Progress, &mut KvPages),
     ) -> Result<Logits, EngineError> {
         check(&self.info, batch, kv)?;
         let step = Step::of(batch);

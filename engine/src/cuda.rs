@@ -184,7 +184,7 @@ impl CudaEngine {
     fn result(
         &mut self,
         kv: &mut KvDevicePages,
-        progress: &mut dyn FnMut(Progress, &KvDevicePages),
+        progress: &mut dyn FnMut(Progress, &mut KvDevicePages),
     ) -> Result<Logits, EngineError> {
         let compute = &mut self.backend.compute;
         while !compute.is_over() {
@@ -212,7 +212,7 @@ impl Engine for CudaEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut KvDevicePages,
-        progress: &mut dyn FnMut(Progress, &KvDevicePages),
+        progress: &mut dyn FnMut(Progress, &mut KvDevicePages),
     ) -> Result<Logits, EngineError> {
         check(&self.info, batch, kv)?;
         if batch.is_empty() {

@@ -53,7 +53,7 @@ pub trait Engine: Send {
     /// Computes new tokens of several sequences, prefill and decode mixed, and calls `progress` meanwhile.
     ///
     /// The pages must hold the sequences' earlier tokens. Two sequences may share pages, but not pages that
-    /// this step writes.
+    /// this step writes. `progress` may write pages that the batch does not name.
     ///
     /// # Errors
     /// When `batch` does not fit the model or the pages; no page is then touched. When the device fails.
@@ -61,7 +61,7 @@ pub trait Engine: Send {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut Self::Pages,
-        progress: &mut dyn FnMut(Progress, &Self::Pages),
+        progress: &mut dyn FnMut(Progress, &mut Self::Pages),
     ) -> Result<Logits, EngineError>;
 }
 

@@ -83,7 +83,7 @@ impl<B: Backend> Model<B> {
         backend: &mut B,
         step: &Step<'_>,
         pages: &mut B::Pages,
-        layer_done: &mut dyn FnMut(LayerIdx, &B::Pages),
+        layer_done: &mut dyn FnMut(LayerIdx, &mut B::Pages),
     ) -> Vec<f32> {
         backend.begin(&step.tokens, &step.spans, step.chosen());
         self.forward(backend, step, pages, layer_done);
@@ -102,7 +102,7 @@ impl<B: Backend> Model<B> {
         backend: &mut B,
         step: &Step<'_>,
         pages: &mut B::Pages,
-        layer_done: &mut dyn FnMut(LayerIdx, &B::Pages),
+        layer_done: &mut dyn FnMut(LayerIdx, &mut B::Pages),
     ) {
         let Model { embedding, layers, norm, output, rope, eps, scratch } = self;
         let eps = *eps;

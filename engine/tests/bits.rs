@@ -129,7 +129,7 @@ fn a_handoff_changes_nothing() {
     let len = prefix.len() as u32;
     let sequence = Sequence { tokens: prefix, start: 0, pages: &from, logits: false };
     let mut sent = Vec::new();
-    let mut pack = |progress, kv: &KvPages| {
+    let mut pack = |progress, kv: &mut KvPages| {
         let Progress::Layer(layer) = progress else { unreachable!("a CPU waits for nothing") };
         for chunk in (0..shape.chunks(len)).map(ChunkIdx) {
             let span = shape.chunk_span(chunk, len);

@@ -122,7 +122,11 @@ fn check_shape<U: UnderTest>(tested: &mut U, shape: KvShape, random: &mut Random
     let needed = shape.pages(tokens) as usize;
     let (from, to) = (random.pages(pool, needed), random.pages(pool, needed));
     let len = tokens as usize * shape.layer_token_bytes();
-    let memory = tested.kernels().memory(len * shape.layers as usize).expect(case);
+    let bytes = len * shape.layers as usize;
+    let memory = match random.below(2) {
+        0 => tested.kernels().memory(bytes).expect(case),
+        _ => tested.kernels().host_memory(bytes).expect(case),
+    };
     let layers = || (0..shape.layers).map(LayerIdx);
     let extent = |layer: LayerIdx| {
         memory.extent(layer.0 as usize * len..(layer.0 as usize + 1) * len).expect("in the memory")

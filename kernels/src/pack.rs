@@ -26,6 +26,12 @@ pub trait Kernels: Send {
     /// When there is no such memory.
     fn memory(&self, len: usize) -> Result<Arc<HostRegion>, Self::Error>;
 
+    /// Memory of the host for packed KV that is kept, `len` bytes, which conversions read and write directly.
+    ///
+    /// # Errors
+    /// When there is no such memory.
+    fn host_memory(&self, len: usize) -> Result<Arc<HostRegion>, Self::Error>;
+
     /// Begins to gather one layer of `tokens` tokens, which lie in `pages`, into `out`, that layer's extent of a packed
     /// chunk. Comes after whatever an engine had queued for that layer by now. Pages that are written before it is over
     /// may be gathered in either state.
@@ -159,6 +165,10 @@ impl Kernels for CpuKernels {
     type Error = RegionError;
 
     fn memory(&self, len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        HostRegion::map(len)
+    }
+
+    fn host_memory(&self, len: usize) -> Result<Arc<HostRegion>, RegionError> {
         HostRegion::map(len)
     }
 

@@ -326,7 +326,11 @@ impl contract::UnderTest for Packer {
         rows(kv, layer, page, kv_head, value).write(&self.gpu.stream, bytes).unwrap();
     }
     fn packed(&self, extent: &Extent) -> Vec<u8> {
-        self.gpu.read(&extent.on_device().unwrap())
+        match extent.on_device() {
+            Some(twin) => self.gpu.read(&twin),
+            // SAFETY: the contract has the extent to itself, and waits for what it began.
+            None => unsafe { extent.bytes() }.to_vec(),
+        }
     }
     fn fill(&self, extent: &Extent, bytes: &[u8]) {
         extent.on_device().unwrap().write(&self.gpu.stream, bytes).unwrap();
@@ -404,6 +408,153 @@ fn packs_what_is_queued() {
     // SAFETY: nobody else uses the memory.
     let refused = unsafe { packer.pack(Ticket(0), &kv, LayerIdx(0), chunk_of(0), 64, &plain) };
     assert!(matches!(refused, Err(PackError::Unreached { .. })), "{refused:?}");
+}
+
+/// Begins to pack, or to scatter, one layer after the other of chunks of `pages` to `memory`; waits until all is over, and
+/// tells the checksums in this order.
+fn convert(
+    packer: &mut CudaPacker,
+    kv: &mut KvDevicePages,
+    chunks: &[&[PageId]],
+    memory: &Arc<HostRegion>,
+    pack: bool,
+) -> Vec<u64> {
+    let shape = *kv.shape();
+    let len = shape.packed_layer(LayerIdx(0), shape.chunk_tokens).len();
+    let count = chunks.len() * shape.layers as usize;
+    let (mut sums, mut done) = (vec![0; count], Vec::new());
+    for ticket in 0..count {
+        let name = Ticket(ticket as u64);
+        let (chunk, layer) = (ticket / shape.layers as usize, LayerIdx(ticket as u32 % shape.layers));
+        let extent = memory.extent(ticket * len..(ticket + 1) * len).unwrap();
+        // SAFETY: nobody uses the memory before all is over.
+        let begun = unsafe {
+            if pack {
+                packer.pack(name, kv, layer, chunks[chunk], shape.chunk_tokens, &extent)
+            } else {
+                packer.scatter(name, kv, layer, chunks[chunk], shape.chunk_tokens, &extent)
+            }
+        };
+        begun.unwrap();
+    }
+    let until = Instant::now() + Duration::from_secs(20);
+    while packer.under_way() > 0 {
+        assert!(Instant::now() < until, "{} are not over", packer.under_way());
+        packer.poll(&mut done).unwrap();
+    }
+    assert_eq!(done.len(), count);
+    done.iter().for_each(|over| sums[over.ticket.0 as usize] = over.checksum);
+    sums
+}
+
+/// Chunks of the 8B shape go to pinned memory of the host and back to other pages; the CPU says what they are. How fast,
+/// beside plain copies of the same bytes, is printed.
+#[test]
+fn keeps_chunks_in_host_memory() {
+    let Some(gpu) = Gpu::open(0) else { return };
+    const CHUNKS: usize = 16;
+    let shape = KvShape {
+        layers: 32,
+        kv_heads: 8,
+        head_dim: 128,
+        page_tokens: 16,
+        chunk_tokens: 256,
+        dtype: KvDtype::Bf16,
+    };
+    let (device, mut random) = (gpu.kernels.device(), Random(seed()));
+    let per_chunk = shape.pages(shape.chunk_tokens) as usize;
+    let pages = random.pages((2 * CHUNKS * per_chunk) as u32, 2 * CHUNKS * per_chunk);
+    let (from, to) = pages.split_at(CHUNKS * per_chunk);
+    let [from, to] = [from, to].map(|pages| pages.chunks(per_chunk).collect::<Vec<_>>());
+    let mut kv = KvDevicePages::new(device, shape, pages.len() as u32).unwrap();
+    let mut packer = CudaPacker::new(&gpu.kernels, &shape).unwrap();
+    let bytes = CHUNKS * shape.packed_bytes(shape.chunk_tokens);
+    let memory = packer.host_memory(bytes).unwrap();
+    let layout = *kv.device_pages().layout();
+    let pool = random.bytes(layout.bytes());
+    kv.device_pages().storage().write(&gpu.stream, &pool).unwrap();
+
+    let rate = |begun: Instant| bytes as f64 / 1e9 / begun.elapsed().as_secs_f64();
+    let (mut packed, mut scattered) = (0.0f64, 0.0f64);
+    let mut sums = Vec::new();
+    for _ in 0..3 {
+        let begun = Instant::now();
+        sums = convert(&mut packer, &mut kv, &from, &memory, true);
+        packed = packed.max(rate(begun));
+    }
+    let all = memory.extent(0..bytes).unwrap();
+    // SAFETY: everything is over.
+    let kept = unsafe { all.bytes() };
+    let len = bytes / sums.len();
+    let mut want = vec![0; len];
+    for (at, sum) in sums.iter().enumerate() {
+        let (chunk, layer) = (at / shape.layers as usize, LayerIdx(at as u32 % shape.layers));
+        assert_eq!(layout.pack(&pool, layer, from[chunk], shape.chunk_tokens, &mut want), *sum);
+        assert!(kept[at * len..(at + 1) * len] == want, "chunk {chunk}, layer {layer}");
+    }
+    for _ in 0..3 {
+        let begun = Instant::now();
+        assert_eq!(convert(&mut packer, &mut kv, &to, &memory, false), sums, "scatter's checksums");
+        scattered = scattered.max(rate(begun));
+    }
+    for (a, b) in from.concat().into_iter().zip(to.concat()).step_by(37) {
+        for (layer, part) in (0..shape.layers).flat_map(|layer| [0, 1, 14, 15].map(|part| (layer, part))) {
+            let of = |page| gpu.read(&rows(&kv, LayerIdx(layer), page, part / 2, part % 2 == 1));
+            assert!(of(a) == of(b), "layer {layer}, page {b}");
+        }
+    }
+    let twin = HostRegion::with_twin(device, bytes).unwrap().extent(0..bytes).unwrap();
+    let (mut fetched, mut deposited) = (0.0f64, 0.0f64);
+    for _ in 0..3 {
+        let begun = Instant::now();
+        // SAFETY: nobody else has this memory.
+        unsafe { twin.fetch() }.unwrap();
+        fetched = fetched.max(rate(begun));
+        let begun = Instant::now();
+        twin.deposit().unwrap();
+        deposited = deposited.max(rate(begun));
+    }
+    println!("to the host: {packed:.1} GB/s packed, {fetched:.1} copied");
+    println!("from the host: {scattered:.1} GB/s scattered, {deposited:.1} copied");
+    for multiprocessors in [2, 4, 8, 16, 32, 64, 128].map(NonZeroU32::new) {
+        let share = Share { checksum: true, multiprocessors };
+        let [pack, scatter] = host_rates(&gpu, &kv, &from, &all, share);
+        println!("{multiprocessors:?} multiprocessors: {pack:.1} GB/s packed, {scatter:.1} scattered");
+    }
+}
+
+/// GB/s of packing whole chunks to memory of the host and of scattering them again, with this share of the GPU.
+fn host_rates(
+    gpu: &Gpu,
+    kv: &KvDevicePages,
+    chunks: &[&[PageId]],
+    memory: &Extent,
+    share: Share,
+) -> [f64; 2] {
+    let shape = *kv.shape();
+    let len = shape.packed_bytes(shape.chunk_tokens);
+    let parts: Vec<DeviceExtent> = (0..chunks.len())
+        .map(|chunk| memory.part(chunk * len..(chunk + 1) * len).unwrap().mapped_on_device().unwrap())
+        .collect();
+    let whole: Vec<Chunk<'_>> = (chunks.iter().zip(&parts))
+        .map(|(pages, part)| Chunk { tokens: shape.chunk_tokens, pages, place: Place::Packed(part) })
+        .collect();
+    let pages = chunks.iter().map(|pages| pages.len()).sum();
+    let mut plan = gpu.plan(PlanLimits { chunks: chunks.len(), pages, layers: shape.layers });
+    plan.set(kv.device_pages().layout(), None, &whole).unwrap();
+    [true, false].map(|pack| {
+        let mut best = 0.0f64;
+        for _ in 0..3 {
+            let begun = Instant::now();
+            match pack {
+                true => plan.pack(kv.device_pages(), 0..shape.layers, share).unwrap(),
+                false => plan.scatter(kv.device_pages(), 0..shape.layers, share).unwrap(),
+            }
+            plan.checksums(0..shape.layers).unwrap();
+            best = best.max(memory.len() as f64 / 1e9 / begun.elapsed().as_secs_f64());
+        }
+        best
+    })
 }
 
 /// The case that two processes share: both can draw it.

@@ -46,6 +46,7 @@ pub struct HostPool {
     expiry: BTreeSet<(Time, EntryId)>,
     config: PoolConfig,
     slot_bytes: usize,
+    published: usize,
     pinned: usize,
     holds: usize,
     counts: PoolCounts,
@@ -155,6 +156,7 @@ impl HostPool {
             expiry: BTreeSet::new(),
             config,
             slot_bytes,
+            published: 0,
             pinned: 0,
             holds: 0,
             counts: PoolCounts::default(),
@@ -176,7 +178,7 @@ impl HostPool {
     /// Chunks that can be found.
     #[must_use]
     pub fn published(&self) -> usize {
-        self.slots.iter().filter(|slot| matches!(slot.state, State::Published(_))).count()
+        self.published
     }
 
     /// Chunks that are pinned.
@@ -280,6 +282,7 @@ impl HostPool {
         assert_eq!(header.key, key, "a chunk is published under another's key");
         let expires = self.config.ttl_us.filter(|_| !pinned).map(|ttl| now.after_us(ttl));
         *state = State::Published(Chunk { header, tenant, holders: 0, pinned, since: now, expires, from });
+        self.published += 1;
         self.expiry.extend(expires.map(|at| (at, slot)));
         let name = u64::from_le_bytes(*key.0.first_chunk().expect("a key has 32 bytes"));
         self.for_policies(tenant, |policy| policy.insert(slot, name));
@@ -459,6 +462,7 @@ impl HostPool {
     fn unlist(&mut self, slot: EntryId) -> Chunk {
         let state = std::mem::replace(&mut self.slots[slot.0 as usize].state, State::Free);
         let State::Published(chunk) = state else { panic!("slot {} is not published", slot.0) };
+        self.published -= 1;
         self.index.remove(&chunk.header.key);
         self.pinned -= usize::from(chunk.pinned);
         if let Some(at) = chunk.expires {
@@ -522,6 +526,7 @@ mod tests {
             pool.index.len(),
             count(|state| matches!(state, State::Filling { .. } | State::Published(_)))
         );
+        assert_eq!(pool.published, count(|state| matches!(state, State::Published(_))));
         let pinned = |state: &State| match state {
             State::Filling { pinned, .. } => *pinned,
             State::Published(chunk) => chunk.pinned,

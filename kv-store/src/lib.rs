@@ -6,7 +6,7 @@
 //! - [`PagePool`]: counts the holders of every page, and keeps finished chunks until their room is needed.
 //! - [`Store`]: packed chunks in a [`HostPool`], and in slower [`tier`]s behind it.
 //! - [`policy`]: what goes when room is needed.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod host;
 mod pages;

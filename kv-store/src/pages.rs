@@ -136,6 +136,13 @@ impl PagePool {
         }
     }
 
+    /// How many of these pages could be taken if one holder of each, who is not the pool, let go.
+    #[must_use]
+    pub fn freed_by(&self, pages: &[PageId]) -> usize {
+        let alone = |page: &Page| page.holders == 1 + u32::from(page.chunk.is_some());
+        pages.iter().filter(|id| alone(&self.pages[id.0 as usize])).count()
+    }
+
     /// Keeps a chunk whose pages hold all of its KV and will not change again. The caller holds them too.
     ///
     /// # Panics
@@ -153,6 +160,12 @@ impl PagePool {
         self.clock += 1;
         let held = pages.len() as u32;
         self.chunks.insert(key, Chunk { pages: pages.to_vec(), last_use: self.clock, held });
+    }
+
+    /// How many of `keys`, from the first on, are published chunks.
+    #[must_use]
+    pub fn prefix(&self, keys: &[ChunkKey]) -> usize {
+        keys.iter().take_while(|key| self.chunks.contains_key(key)).count()
     }
 
     /// The pages of the longest run of published chunks that starts `keys`, with the caller as one more holder.
@@ -204,12 +217,16 @@ mod tests {
         pool.release(&b);
         assert_eq!((pool.free.len(), pool.available()), (0, 4));
 
+        assert_eq!(pool.prefix(&[key(1), key(9)]), 1);
+        assert_eq!(pool.freed_by(&a), 0);
         let hit = pool.match_prefix(&[key(1), key(9)]);
         assert_eq!(hit, a);
+        assert_eq!(pool.freed_by(&hit), 2);
         // Chunk 1 is held by its reader, so chunk 2 goes although it is younger.
         assert!(pool.take(3).is_none());
         let c = pool.take(2).unwrap();
         assert_eq!(c.iter().collect::<std::collections::BTreeSet<_>>(), b.iter().collect());
+        assert_eq!(pool.prefix(&[key(2)]), 0);
         assert!(pool.match_prefix(&[key(2)]).is_empty());
         pool.release(&hit);
         pool.release(&c);

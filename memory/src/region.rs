@@ -1,5 +1,5 @@
 #[cfg(feature = "cuda")]
-use crate::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, Twin};
+use crate::cuda::{CudaError, Device, DeviceExtent, DeviceRegion, Mapped, Twin};
 use crate::file::{HUGE_PAGE, MemoryFile};
 use std::io;
 use std::ops::Range;
@@ -15,6 +15,9 @@ pub struct HostRegion {
     /// The memory of a GPU that holds the true bytes, if there is one.
     #[cfg(feature = "cuda")]
     twin: Option<Twin>,
+    /// How a GPU reaches the bytes themselves, if it does.
+    #[cfg(feature = "cuda")]
+    mapped: Option<Mapped>,
 }
 
 // SAFETY: the region is plain memory; every access goes through the unsafe methods of `Extent`, whose
@@ -90,6 +93,19 @@ impl HostRegion {
         Ok(Arc::new(region))
     }
 
+    /// As [`HostRegion::map`], pinned, and reached by a GPU where it is: its kernels read and write it over their link to
+    /// the host.
+    ///
+    /// # Errors
+    /// When the system has no such memory, or it cannot be pinned.
+    #[cfg(feature = "cuda")]
+    pub fn pinned(device: &Arc<Device>, len: usize) -> Result<Arc<HostRegion>, CudaError> {
+        let mut region = HostRegion::mapped(len.max(1))?;
+        // SAFETY: the region drops this before it unmaps the range.
+        region.mapped = Some(unsafe { Mapped::new(device, region.base, region.len) }?);
+        Ok(Arc::new(region))
+    }
+
     /// The region's twin, if it has one.
     #[cfg(feature = "cuda")]
     #[must_use]
@@ -141,6 +157,8 @@ impl HostRegion {
             file,
             #[cfg(feature = "cuda")]
             twin: None,
+            #[cfg(feature = "cuda")]
+            mapped: None,
         }
     }
 
@@ -183,7 +201,7 @@ impl Drop for HostRegion {
     fn drop(&mut self) {
         // What was pinned is let go while it is mapped.
         #[cfg(feature = "cuda")]
-        drop(self.twin.take());
+        drop((self.twin.take(), self.mapped.take()));
         // SAFETY: base and len are those of the mapping made in `map`, and no extent is left: each holds an Arc.
         unsafe { libc::munmap(self.base.cast(), self.len) };
     }
@@ -250,6 +268,15 @@ impl Extent {
     #[must_use]
     pub fn on_device(&self) -> Option<DeviceExtent> {
         self.region.twin()?.extent(self.start..self.start + self.len).ok()
+    }
+
+    /// The extent's own bytes, as the GPU that the region was pinned for reaches them; none if it was not.
+    #[cfg(feature = "cuda")]
+    #[must_use]
+    pub fn mapped_on_device(&self) -> Option<DeviceExtent> {
+        let mapped = self.region.mapped.as_ref()?;
+        let whole = DeviceRegion::of_host(mapped, Arc::clone(&self.region));
+        whole.extent(self.start..self.start + self.len).ok()
     }
 
     /// Copies the twin's bytes to the host's side, after whatever the GPU was given before for them is over. Returns when

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod board;
+mod cache;
 mod clock;
 mod cluster;
 mod conversions;
@@ -22,7 +23,7 @@ mod start;
 mod status;
 mod warm;
 
-pub use board::{Board, Shown};
+pub use board::{Board, CacheShown, ReusedTokens, Shown};
 pub use clock::{Clock, ClockHand};
 pub use cluster::{Cluster, SendError, lane};
 pub use conversions::Conversions;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tandem_engine::{Engine, LoadFormat};
 use tandem_kernels::{Kernels, Paged};
+use tandem_kv_store::tier::Wake;
 use tandem_process::{ProcessOptions, Shutdown, TlsOptions, units};
 use tandem_proto::layout::KvDtype;
 use tandem_proto::wire::{Hello, Role};
@@ -174,6 +175,8 @@ pub struct Parts<E: Engine, K> {
     pub kernels: K,
     /// Where the loop shows its state.
     pub board: Arc<Board>,
+    /// Wakes the loop, from any thread.
+    pub wake: Wake,
     /// Has the node join the cluster, which sends it requests from then on: to be called once the loop has its memory.
     pub join: Box<dyn FnOnce() + Send>,
 }
@@ -301,6 +304,7 @@ impl Started {
             transport: transport.observer(),
         });
         let member = Member::new(control, events, sender, unpark.clone());
+        let waking = unpark.clone();
         let (joining, router) = (member.clone(), options.router.clone());
         let parts = Parts {
             clock: Clock::start(),
@@ -311,6 +315,7 @@ impl Started {
             kv,
             kernels,
             board: Arc::clone(&status.board),
+            wake: Arc::new(move || waking.unpark()),
             join: Box::new(move || joining.join(router, hello)),
         };
         let (done, mut finished) = oneshot::channel();

@@ -1,6 +1,6 @@
 //! What a node tells those who watch it, over HTTP: `/health`, `/ready`, `/metrics`, `/status`.
 
-use crate::{Board, device};
+use crate::{Board, cache, device};
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -110,6 +110,9 @@ impl Status {
             "checksum_mismatches": shown.checksum_mismatches,
             "stale_writes": shown.stale_writes,
         });
+        if self.role == Role::Prefill {
+            status["cache"] = cache::json(&shown);
+        }
         if let Some(Running { hello, model, device, paths, transport }) = self.running.get() {
             status["device"] = json!({"name": device.device.to_string(), "model": device.model});
             if let Some((free, all)) = (device.memory)() {
@@ -191,6 +194,9 @@ impl Status {
         ] {
             single(&mut out, &format!("tandem_node_{name}_total"), "counter", help, value);
         }
+        if self.role == Role::Prefill {
+            cache::exposition(&mut out, &shown);
+        }
         if let Some(running) = self.running.get() {
             transport_exposition(&mut out, &running.transport);
         }
@@ -198,7 +204,7 @@ impl Status {
     }
 }
 
-fn single(out: &mut String, name: &str, kind: &str, help: &str, value: u64) {
+pub(crate) fn single(out: &mut String, name: &str, kind: &str, help: &str, value: u64) {
     exposition::head(out, name, kind, help);
     exposition::sample(out, name, &[], value);
 }

@@ -1,5 +1,6 @@
 //! The node's loop: admits prompts, computes them in steps, and gives their pages back.
 
+use crate::cache::{self, Arrived, Cache, LoadId};
 use crate::outbound::{Arrival, Outbound};
 use crate::prompt::Prompt;
 use std::collections::{BTreeMap, VecDeque};
@@ -8,10 +9,10 @@ use tandem_engine::sampling::{Sampler, SamplingError};
 use tandem_engine::{Engine, Progress, Sequence};
 use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
-use tandem_node::{Board, Next, Shown};
-use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId, Time};
+use tandem_node::{Board, CacheShown, Next, ReusedTokens, Shown};
+use tandem_proto::ids::{ChoiceIdx, ChunkIdx, LayerIdx, PageId, RequestId, Time};
 use tandem_proto::keys::{ChunkKey, chunk_keys};
-use tandem_proto::wire::{FirstTokens, Load, Message, RequestError, Sampled};
+use tandem_proto::wire::{CachedTokens, FirstTokens, Load, Message, RequestError, Sampled};
 use tracing::field::display;
 
 /// Limits of the loop.
@@ -36,6 +37,10 @@ pub struct Node<E: Engine, K: Kernels<Pages = E::Pages>> {
     computing: VecDeque<RequestId>,
     /// Requests that were cancelled before they came: cancels travel in a lane of their own.
     cancelled_early: VecDeque<RequestId>,
+    /// Pages of requests that are over, to which chunks of the store are still on their way.
+    parked: BTreeMap<LoadId, Arc<[PageId]>>,
+    /// Tokens that were not computed, by where their KV was.
+    reused: ReusedTokens,
     told: Load,
     board: Arc<Board>,
 }
@@ -49,11 +54,14 @@ const MAX_CANCELLED_EARLY: usize = 1024;
 struct Running {
     prompt: Box<Prompt>,
     pages: Arc<[PageId]>,
-    keys: Vec<ChunkKey>,
     /// Tokens whose KV is in the pages.
     computed: u32,
-    /// Tokens whose KV was there before.
-    cached: u32,
+    /// Those that were not computed.
+    cached: CachedTokens,
+    /// Chunks that are on their way from the store. It computes nothing before.
+    loading: Option<LoadId>,
+    /// Where the computed tokens begin whose KV waits to be written at the prompt's last step.
+    unsaid: Option<u32>,
     /// The handoff is over (or there is none); only a step that is running may still use the pages.
     over: bool,
 }
@@ -64,6 +72,8 @@ struct Share {
     start: u32,
     end: u32,
     last: bool,
+    /// Its layers are written as they are computed.
+    says: bool,
 }
 
 impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
@@ -81,6 +91,8 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             running: BTreeMap::new(),
             computing: VecDeque::new(),
             cancelled_early: VecDeque::new(),
+            parked: BTreeMap::new(),
+            reused: ReusedTokens::default(),
             told: Load::default(),
             board: Arc::default(),
         }
@@ -110,22 +122,27 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     /// One turn: takes in what happened, and computes one step if there is something to compute.
     pub fn turn(&mut self) -> Next {
         self.outbound.turn(&self.kv);
+        self.take_loaded();
         self.take_arrivals();
         self.release_ended();
         if self.outbound.stopped {
             return Next::Finished;
         }
+        self.look_at_awaited();
         self.admit();
+        self.outbound.begin_loads(&mut self.kv);
         self.tell_load();
         if !self.computing.is_empty() {
             self.step();
             Next::Again
         } else if self.outbound.has_news() {
             Next::Again
-        } else if self.outbound.is_draining() && self.running.is_empty() && self.waiting.is_empty() {
+        } else if self.outbound.is_draining() && self.is_idle() {
             Next::Finished
         } else {
-            let waiting = self.waiting.iter().map(|prompt| prompt.deadline);
+            let now = self.outbound.clock.now();
+            let awaited = self.waiting.iter().filter_map(|prompt| prompt.awaits).filter(|until| *until > now);
+            let waiting = self.waiting.iter().map(|prompt| prompt.deadline).chain(awaited);
             Next::Wait(waiting.chain(self.outbound.next_deadline()).min())
         }
     }
@@ -143,10 +160,17 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         }
     }
 
-    /// Handoffs that are not over, and staging slots in use.
+    /// Handoffs that are not over; and conversions, staging slots in use, and what is held of the store.
     #[must_use]
     pub fn under_way(&self) -> (usize, usize) {
-        (self.outbound.open_handoffs(), self.outbound.staged())
+        let cache = self.outbound.cache.as_ref().map_or(0, Cache::under_way);
+        (self.outbound.open_handoffs(), self.outbound.staged() + cache)
+    }
+
+    /// Whether nothing is to be done, or to be put away.
+    fn is_idle(&self) -> bool {
+        let saving = self.outbound.cache.as_ref().map_or(0, Cache::saving);
+        self.running.is_empty() && self.waiting.is_empty() && saving == 0
     }
 
     fn take_arrivals(&mut self) {
@@ -177,7 +201,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         }
     }
 
-    fn arrive(&mut self, prompt: Box<Prompt>) {
+    fn arrive(&mut self, mut prompt: Box<Prompt>) {
         let (request, decode) = (prompt.request, prompt.decode.map(|decode| display(decode.node)));
         tracing::debug!(%request, router = %prompt.router, decode, tokens = prompt.tokens.len(), "prompt submitted");
         if let Some(at) = self.cancelled_early.iter().position(|request| *request == prompt.request) {
@@ -206,7 +230,79 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         };
         match refusal {
             Some(error) => self.fail(prompt.request, error),
-            None => self.waiting.push_back(prompt),
+            None => {
+                let (kv, fingerprint) = (info.kv, info.fingerprint);
+                prompt.keys = chunk_keys(fingerprint, &prompt.salt, kv.chunk_tokens, &prompt.tokens);
+                self.prefetch(&mut prompt);
+                self.waiting.push_back(prompt);
+            }
+        }
+    }
+
+    /// Has slower tiers bring what they have of a prompt, beyond what is in pages.
+    fn prefetch(&mut self, prompt: &mut Prompt) {
+        let keys = self.reusable(prompt);
+        let rest = &keys[self.pool.prefix(keys)..];
+        if let Some(cache) = &mut self.outbound.cache {
+            let tenant = Cache::tenant(&prompt.salt);
+            prompt.awaits = cache.prefetch(self.outbound.clock.now(), tenant, rest);
+        }
+    }
+
+    /// The chunks of a prompt that need not be computed. The last token always is: its logits choose the first one.
+    fn reusable<'p>(&self, prompt: &'p Prompt) -> &'p [ChunkKey] {
+        let chunk_tokens = self.engine.info().kv.chunk_tokens;
+        &prompt.keys[..((prompt.tokens.len() as u32 - 1) / chunk_tokens) as usize]
+    }
+
+    /// Prompts to which nothing is on its way any more need not wait.
+    fn look_at_awaited(&mut self) {
+        let Some(cache) = &mut self.outbound.cache else { return };
+        if !cache.take_news() {
+            return;
+        }
+        let chunk_tokens = self.engine.info().kv.chunk_tokens;
+        for prompt in self.waiting.iter_mut().filter(|prompt| prompt.awaits.is_some()) {
+            let keys = &prompt.keys[..((prompt.tokens.len() as u32 - 1) / chunk_tokens) as usize];
+            if !cache.is_coming(&keys[self.pool.prefix(keys)..]) {
+                prompt.awaits = None;
+            }
+        }
+    }
+
+    /// Takes note of chunks that came from the store.
+    fn take_loaded(&mut self) {
+        let kv = self.engine.info().kv;
+        let per_chunk = (kv.chunk_tokens / kv.page_tokens) as usize;
+        while let Some(arrived) = self.outbound.loaded.pop_front() {
+            match arrived {
+                Arrived::Chunk { load, request, chunk, from } => {
+                    let Some(running) = self.running.get_mut(&request).filter(|r| r.loading == Some(load))
+                    else {
+                        continue;
+                    };
+                    let at = chunk.0 as usize;
+                    let pages = &running.pages[at * per_chunk..(at + 1) * per_chunk];
+                    self.pool.publish(running.prompt.keys[at], pages);
+                    running.computed += kv.chunk_tokens;
+                    cache::count(&mut running.cached, from, kv.chunk_tokens);
+                }
+                Arrived::Over { load, request, stopped } => {
+                    if let Some(pages) = self.parked.remove(&load) {
+                        self.pool.release(&pages);
+                    } else if let Some(running) =
+                        self.running.get_mut(&request).filter(|r| r.loading == Some(load))
+                    {
+                        running.loading = None;
+                        if !stopped {
+                            self.computing.push_back(request);
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(cache) = &mut self.outbound.cache {
+            self.pool.release(&std::mem::take(&mut cache.packed_pages));
         }
     }
 
@@ -230,12 +326,15 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         } else {
             running.over = true;
         }
+        if let Some(load) = running.loading {
+            self.outbound.stop_load(load);
+        }
         self.computing.retain(|computing| *computing != request);
         self.release_if_over(request);
     }
 
-    /// Starts prompts in order of arrival, while there are pages. One whose decode node is being reached does
-    /// not hold up the others.
+    /// Starts prompts in order of arrival, while there are pages. One whose decode node is being reached, or whose chunks
+    /// are on their way from slower tiers, does not hold up the others.
     fn admit(&mut self) {
         let now = self.outbound.clock.now();
         let mut waiting = std::mem::take(&mut self.waiting);
@@ -244,7 +343,10 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             if prompt.deadline <= now {
                 let error = RequestError::Deadline("the prompt waited too long for prefill".into());
                 self.fail(prompt.request, error);
-            } else if no_room || prompt.decode.is_some_and(|decode| !self.outbound.is_linked(&decode)) {
+            } else if no_room
+                || prompt.decode.is_some_and(|decode| !self.outbound.is_linked(&decode))
+                || prompt.awaits.is_some_and(|until| until > now)
+            {
                 self.waiting.push_back(prompt);
             } else if let Err(prompt) = self.start(prompt) {
                 no_room = true;
@@ -254,28 +356,48 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     }
 
     fn start(&mut self, prompt: Box<Prompt>) -> Result<(), Box<Prompt>> {
-        let info = self.engine.info();
-        let (kv, fingerprint) = (info.kv, info.fingerprint);
+        let kv = self.engine.info().kv;
         let tokens = prompt.tokens.len() as u32;
-        let keys = chunk_keys(fingerprint, &prompt.salt, kv.chunk_tokens, &prompt.tokens);
-        // The last token is always computed: its logits choose the first token.
-        let reusable = ((tokens - 1) / kv.chunk_tokens) as usize;
-        let mut pages = self.pool.match_prefix(&keys[..reusable]);
-        let cached = pages.len() as u32 * kv.page_tokens;
-        let Some(fresh) = self.pool.take(kv.pages(tokens) as usize - pages.len()) else {
+        let keys = self.reusable(&prompt);
+        let mut pages = self.pool.match_prefix(keys);
+        let in_pages = pages.len() as u32 * kv.page_tokens;
+        let Some(fresh) = self.take(kv.pages(tokens) as usize - pages.len()) else {
             self.pool.release(&pages);
             return Err(prompt);
         };
         pages.extend(fresh);
         let pages: Arc<[PageId]> = pages.into();
-        if let Some(decode) = prompt.decode {
-            self.outbound.begin(&prompt, decode.node, Arc::clone(&pages), cached);
-        }
         let request = prompt.request;
-        self.computing.push_back(request);
-        let running = Running { prompt, pages, keys, computed: cached, cached, over: false };
+        let (there, rest) = keys.split_at((in_pages / kv.chunk_tokens) as usize);
+        let loading = self.outbound.cache.as_mut().and_then(|cache| {
+            cache.touch(there);
+            let (now, first) = (self.outbound.clock.now(), ChunkIdx(there.len() as u32));
+            cache.load(now, request, &pages, first, rest)
+        });
+        if let Some(decode) = prompt.decode {
+            self.outbound.begin(&prompt, decode.node, Arc::clone(&pages), in_pages);
+        }
+        if loading.is_none() {
+            self.computing.push_back(request);
+        }
+        let cached = CachedTokens { pages: in_pages, ..CachedTokens::default() };
+        let running =
+            Running { prompt, pages, computed: in_pages, cached, loading, unsaid: None, over: false };
         self.running.insert(request, running);
         Ok(())
+    }
+
+    /// Fresh pages. What waits to be saved gives way to them, if that is enough.
+    fn take(&mut self, count: usize) -> Option<Vec<PageId>> {
+        let available = self.pool.available();
+        if let Some(cache) = &mut self.outbound.cache
+            && available < count
+            && available + cache.waiting_pages(&self.pool) >= count
+        {
+            cache.give_up_saves(self.outbound.clock.now());
+            self.pool.release(&std::mem::take(&mut cache.packed_pages));
+        }
+        self.pool.take(count)
     }
 
     /// Computes the next tokens of the prompts that came first, whole chunks unless it is a prompt's end.
@@ -293,8 +415,9 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
             }
             budget -= take;
             let (start, end) = (running.computed, running.computed + take);
-            shares.push(Share { request: *request, start, end, last: end == total });
+            shares.push(Share { request: *request, start, end, last: end == total, says: true });
         }
+        self.choose_when_to_write(&mut shares);
         let batch: Vec<_> = shares
             .iter()
             .map(|share| {
@@ -312,7 +435,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         let result = self.engine.step(&batch, &mut self.kv, &mut |progress, pages| {
             match progress {
                 Progress::Layer(layer) => {
-                    for share in &shares {
+                    for share in shares.iter().filter(|share| share.says) {
                         for chunk in share.start / kv.chunk_tokens..share.end.div_ceil(kv.chunk_tokens) {
                             outbound.ready(share.request, ChunkIdx(chunk), layer);
                         }
@@ -327,6 +450,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
                 }
             }
             outbound.turn(pages);
+            outbound.begin_loads(pages);
         });
         match result {
             Ok(logits) => {
@@ -344,16 +468,45 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         }
     }
 
+    /// Between GPUs a prompt's KV is written as one burst at its last step, which is far longer than the link needs: a
+    /// link in use takes power from a GPU at its limit, two or three percent of prefill's speed, for as long as layers
+    /// trickle. On slower paths each layer goes when it is computed.
+    fn choose_when_to_write(&mut self, shares: &mut [Share]) {
+        let kv = self.engine.info().kv;
+        for share in shares {
+            let Some(running) = self.running.get_mut(&share.request) else { continue };
+            let in_a_burst =
+                running.prompt.decode.is_some_and(|decode| self.outbound.is_between_gpus(decode.node));
+            share.says = share.last || !in_a_burst;
+            if !share.says {
+                running.unsaid.get_or_insert(share.start);
+            } else if let Some(from) = running.unsaid.take() {
+                for chunk in from / kv.chunk_tokens..share.start / kv.chunk_tokens {
+                    for layer in (0..kv.layers).map(LayerIdx) {
+                        self.outbound.ready(share.request, ChunkIdx(chunk), layer);
+                    }
+                }
+            }
+        }
+    }
+
     fn computed(&mut self, share: &Share, logits: Option<&[f32]>) {
         let chunk_tokens = self.engine.info().kv.chunk_tokens;
         let Some(running) = self.running.get_mut(&share.request) else {
             return;
         };
         running.computed = share.end;
+        let tenant = Cache::tenant(&running.prompt.salt);
         let per_chunk = (chunk_tokens / self.engine.info().kv.page_tokens) as usize;
         for chunk in (share.start / chunk_tokens) as usize..(share.end / chunk_tokens) as usize {
             let pages = &running.pages[chunk * per_chunk..(chunk + 1) * per_chunk];
-            self.pool.publish(running.keys[chunk], pages);
+            let key = running.prompt.keys[chunk];
+            self.pool.publish(key, pages);
+            if let Some(cache) = &mut self.outbound.cache
+                && cache.save(self.outbound.clock.now(), key, tenant, pages)
+            {
+                self.pool.share(pages);
+            }
         }
         let Some(logits) = logits else { return };
         self.computing.retain(|computing| *computing != share.request);
@@ -368,12 +521,11 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         match sampled {
             Ok(tokens) => {
                 let handed_over = prompt.decode.is_some();
-                tracing::debug!(request = %share.request, cached_tokens = running.cached, "first token computed");
-                let message = FirstTokens {
-                    request: share.request,
-                    tokens: tokens.clone(),
-                    cached_tokens: running.cached,
-                };
+                let cached = running.cached;
+                let cached_tokens = cached.total();
+                tracing::debug!(request = %share.request, cached_tokens, "first token computed");
+                self.reused.add(cached);
+                let message = FirstTokens { request: share.request, tokens: tokens.clone(), cached };
                 running.over |= !handed_over;
                 self.outbound.tell_router(Message::FirstTokens(message));
                 if handed_over {
@@ -417,17 +569,26 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         if self.running.get(&request).is_some_and(|running| running.over)
             && let Some(running) = self.running.remove(&request)
         {
-            self.pool.release(&running.pages);
+            match running.loading {
+                Some(load) => {
+                    self.outbound.stop_load(load);
+                    self.parked.insert(load, running.pages);
+                }
+                None => self.pool.release(&running.pages),
+            }
         }
     }
 
     fn tell_load(&mut self) {
         let load = self.load();
+        let waiting = self.waiting.iter().filter(|prompt| prompt.awaits.is_some()).count();
         self.board.show(Shown {
             router: self.outbound.router(),
             draining: self.outbound.is_draining(),
             load,
             handoffs: self.outbound.open_handoffs(),
+            reused: self.reused,
+            cache: self.outbound.cache.as_ref().map(|cache| CacheShown { waiting, ..cache.shown() }),
             ..Shown::default()
         });
         if load != self.told && self.outbound.try_tell_router(&Message::Load(load)) {

@@ -1,5 +1,6 @@
 //! KV on its way out: staging, writes under way, and the messages that go with them.
 
+use crate::cache::{Arrived, Cache, LoadId, Moving};
 use crate::prompt::Prompt;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use tandem_proto::handoff::{Push, Sender, SenderAction, SenderConfig};
 use tandem_proto::ids::{ChunkIdx, LayerIdx, NodeId, PageId, RequestId, Time};
 use tandem_proto::layout::KvShape;
 use tandem_proto::wire::{Destination, Handoff, Message, RequestError, Sampled};
-use tandem_transport::{Event, SubmitError, Transport, Write};
+use tandem_transport::{Event, Path, SubmitError, Transport, Write};
 
 /// Everything that goes on between two layers of a step: it never touches the engine or the page pool, and
 /// leaves what concerns those (`arrived`, `ended`) for the node's loop to take.
@@ -19,8 +20,7 @@ pub struct Outbound<K: Kernels> {
     cluster: Box<dyn Cluster>,
     inbox: Inbox,
     transport: Box<dyn Transport>,
-    /// What is being packed into which slot.
-    packing: Conversions<K, (Push, Extent)>,
+    kernels: Conversions<K, Work>,
     sender: Sender,
     shape: KvShape,
     staging: Staging,
@@ -37,9 +37,21 @@ pub struct Outbound<K: Kernels> {
     pub(crate) arrived: VecDeque<Arrival>,
     /// Requests that are over, and why if they failed. Their pages may be released once no step uses them.
     pub(crate) ended: VecDeque<(RequestId, Result<(), Option<RequestError>>)>,
+    /// What is shared with the store, if the node has one.
+    pub(crate) cache: Option<Cache>,
+    /// What came from the store into pages.
+    pub(crate) loaded: VecDeque<Arrived>,
     /// It must finish now.
     pub(crate) stopped: bool,
     events: Vec<Event>,
+}
+
+/// What a conversion is of.
+pub(crate) enum Work {
+    /// A layer that is being packed into a staging slot.
+    Push(Push, Extent),
+    /// A layer of a stored chunk, either way.
+    Cache(Moving),
 }
 
 /// What the router sent, or that it is gone.
@@ -134,7 +146,7 @@ impl<K: Kernels> Outbound<K> {
             cluster,
             inbox,
             transport,
-            packing: Conversions::new(kernels),
+            kernels: Conversions::new(kernels),
             sender: Sender::new(shape, SenderConfig::default()),
             shape,
             staging: Staging::new(&region, slot_bytes)?,
@@ -147,9 +159,18 @@ impl<K: Kernels> Outbound<K> {
             router: RouterLink::default(),
             arrived: VecDeque::new(),
             ended: VecDeque::new(),
+            cache: None,
+            loaded: VecDeque::new(),
             stopped: false,
             events: Vec::new(),
         })
+    }
+
+    /// Shares chunks with a store.
+    #[must_use]
+    pub fn with_cache(mut self, cache: Cache) -> Outbound<K> {
+        self.cache = Some(cache);
+        self
     }
 
     /// One turn: takes in what happened, and pushes as much as there is room for.
@@ -168,11 +189,43 @@ impl<K: Kernels> Outbound<K> {
         self.act();
         self.push(kv);
         self.submit_packed();
+        self.turn_cache(kv);
+    }
+
+    /// Saves wait for what is pushed.
+    fn turn_cache(&mut self, kv: &K::Pages) {
+        let Some(cache) = &mut self.cache else { return };
+        let now = self.clock.now();
+        cache.poll(now);
+        cache.begin_saves(now, &mut self.kernels, kv);
+        while let Some(arrived) = cache.arrived.pop_front() {
+            if let Arrived::Chunk { request, chunk, .. } = arrived {
+                // Its handoff need not wait for the node's loop.
+                for layer in 0..self.shape.layers {
+                    self.sender.ready(request, chunk, LayerIdx(layer));
+                }
+            }
+            self.loaded.push_back(arrived);
+        }
+    }
+
+    /// Brings stored chunks to pages, as much as one turn may.
+    pub(crate) fn begin_loads(&mut self, kv: &mut K::Pages) {
+        if let Some(cache) = &mut self.cache {
+            cache.begin_loads(self.clock.now(), &mut self.kernels, kv);
+        }
+    }
+
+    /// Nobody wants what is being loaded: its pages are free once it is told to be over.
+    pub(crate) fn stop_load(&mut self, load: LoadId) {
+        if let Some(cache) = &mut self.cache {
+            cache.stop(self.clock.now(), load);
+        }
     }
 
     /// Why the node cannot go on, if it cannot.
     pub(crate) fn failed(self) -> anyhow::Result<()> {
-        self.packing.result()
+        self.kernels.result()
     }
 
     /// Waits for something to happen, until the deadline.
@@ -188,7 +241,8 @@ impl<K: Kernels> Outbound<K> {
             Link::Up => None,
         });
         let now = self.clock.now();
-        let others = dial.chain(self.router.next_flush(now)).chain(self.packing.next_poll(now));
+        let others = dial.chain(self.router.next_flush(now)).chain(self.kernels.next_poll(now));
+        let others = others.chain(self.cache.as_ref().and_then(Cache::next_timeout));
         self.sender.next_timeout().into_iter().chain(others).min()
     }
 
@@ -233,6 +287,11 @@ impl<K: Kernels> Outbound<K> {
         }
     }
 
+    /// Whether KV goes to a decode node from GPU to GPU.
+    pub(crate) fn is_between_gpus(&self, to: NodeId) -> bool {
+        self.transport.path(to) == Some(Path::CudaIpc)
+    }
+
     /// A layer of a chunk is in the pages.
     pub(crate) fn ready(&mut self, request: RequestId, chunk: ChunkIdx, layer: LayerIdx) {
         self.sender.ready(request, chunk, layer);
@@ -250,12 +309,13 @@ impl<K: Kernels> Outbound<K> {
 
     /// Whether there is something to do for the node's loop, or for the next turn, at once.
     pub(crate) fn has_news(&self) -> bool {
-        !self.arrived.is_empty() || !self.ended.is_empty() || self.sender.has_actions()
+        let cache = self.cache.as_ref().is_some_and(Cache::has_news) || !self.loaded.is_empty();
+        cache || !self.arrived.is_empty() || !self.ended.is_empty() || self.sender.has_actions()
     }
 
-    /// Staging slots in use.
+    /// Conversions that are not over, and staging slots in use.
     pub(crate) fn staged(&self) -> usize {
-        self.packing.under_way() + self.packed.len() + self.under_way.len()
+        self.kernels.under_way() + self.packed.len() + self.under_way.len()
     }
 
     /// Handoffs that are not over.
@@ -444,9 +504,13 @@ impl<K: Kernels> Outbound<K> {
                 self.act();
             }
         }
-        let packed = &mut self.packed;
-        let over = |(push, slot), digest| packed.push(UnderWay { push, digest, slot });
-        self.stopped |= !self.packing.poll(over);
+        let (now, packed, cache) = (self.clock.now(), &mut self.packed, &mut self.cache);
+        let over = |work, digest| match (work, cache.as_mut()) {
+            (Work::Push(push, slot), _) => packed.push(UnderWay { push, digest, slot }),
+            (Work::Cache(moving), Some(cache)) => cache.over(now, moving, digest),
+            (Work::Cache(_), None) => unreachable!("who began it is there"),
+        };
+        self.stopped |= !self.kernels.poll(over);
     }
 
     /// Begins to pack one layer; gives the slot back, and why, if that was refused.
@@ -457,10 +521,10 @@ impl<K: Kernels> Outbound<K> {
         let first = (push.chunk.0 * self.shape.chunk_tokens / self.shape.page_tokens) as usize;
         let pages = &pages[first..first + self.shape.pages(push.tokens) as usize];
         let out = slot.part(0..push.len).expect("a slot holds a layer of a full chunk");
-        let begun = self
-            .packing
-            .begin((push, slot), |kernels, ticket| begin_to_pack(kernels, ticket, kv, &push, pages, &out));
-        begun.map_err(|((_, slot), error)| (slot, error.to_string()))
+        let begun = self.kernels.begin(Work::Push(push, slot.clone()), |kernels, ticket| {
+            begin_to_pack(kernels, ticket, kv, &push, pages, &out)
+        });
+        begun.map_err(|(_, error)| (slot, error.to_string()))
     }
 
     /// Starts the writes of what is packed. What finds no room in its peer's queue is tried again later.

@@ -1,6 +1,7 @@
 //! A prompt as the node holds it.
 
 use tandem_proto::ids::{NodeId, RequestId, Time, TokenId};
+use tandem_proto::keys::ChunkKey;
 use tandem_proto::wire::{Destination, Generation, Submit};
 
 /// What is to be computed, for whom, and until when.
@@ -14,6 +15,10 @@ pub(crate) struct Prompt {
     pub(crate) salt: Vec<u8>,
     /// When the handoff must be complete.
     pub(crate) deadline: Time,
+    /// Of its whole chunks. The node knows them once it has accepted the prompt.
+    pub(crate) keys: Vec<ChunkKey>,
+    /// Chunks of it are on their way from slower tiers. Until then it waits for them.
+    pub(crate) awaits: Option<Time>,
 }
 
 impl Prompt {
@@ -26,6 +31,8 @@ impl Prompt {
             decode: submit.decode,
             salt: submit.salt,
             deadline: now.after_us(u64::from(submit.handoff_timeout_ms) * 1000),
+            keys: Vec::new(),
+            awaits: None,
         }
     }
 }

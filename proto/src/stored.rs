@@ -14,6 +14,8 @@ use std::ops::Range;
 pub const STORED_VERSION: u16 = 1;
 /// The longest header that is encoded or decoded: a model has at most [`MAX_LAYERS`](crate::layout::MAX_LAYERS) layers.
 pub const MAX_HEADER_BYTES: usize = 16 << 10;
+/// Bytes of a header from which its length follows.
+pub const HEADER_START: usize = 12;
 const MAGIC: [u8; 4] = *b"tdmC";
 const DIGEST: usize = 16;
 
@@ -86,12 +88,11 @@ impl ChunkHeader {
         bytes
     }
 
-    /// The header at the beginning of `bytes`, which may go on after it, and its length.
+    /// How long the header is that begins so: what to read before it can be decoded.
     ///
     /// # Errors
-    /// For everything that [`ChunkHeader::encode`] does not make.
-    pub fn decode(bytes: &[u8]) -> Result<(ChunkHeader, usize), HeaderError> {
-        let (start, rest) = bytes.split_first_chunk::<12>().ok_or(HeaderError::NoHeader)?;
+    /// For the beginning of nothing that this build decodes.
+    pub fn encoded_bytes(start: &[u8; HEADER_START]) -> Result<usize, HeaderError> {
         if start[..4] != MAGIC {
             return Err(HeaderError::NoHeader);
         }
@@ -100,10 +101,20 @@ impl ChunkHeader {
             return Err(HeaderError::Version(version));
         }
         let len = u32::from_le_bytes([start[8], start[9], start[10], start[11]]) as usize;
-        if len > MAX_HEADER_BYTES || rest.len() < len + DIGEST {
+        if len > MAX_HEADER_BYTES { Err(HeaderError::Damaged) } else { Ok(HEADER_START + len + DIGEST) }
+    }
+
+    /// The header at the beginning of `bytes`, which may go on after it, and its length.
+    ///
+    /// # Errors
+    /// For everything that [`ChunkHeader::encode`] does not make.
+    pub fn decode(bytes: &[u8]) -> Result<(ChunkHeader, usize), HeaderError> {
+        let (start, rest) = bytes.split_first_chunk().ok_or(HeaderError::NoHeader)?;
+        let end = ChunkHeader::encoded_bytes(start)? - DIGEST;
+        let len = end - HEADER_START;
+        if rest.len() < len + DIGEST {
             return Err(HeaderError::Damaged);
         }
-        let end = start.len() + len;
         if digest(&bytes[..end]) != bytes[end..end + DIGEST] {
             return Err(HeaderError::Damaged);
         }
@@ -147,6 +158,7 @@ mod tests {
             let mut bytes = header(layers).encode();
             let len = bytes.len();
             assert!(len <= MAX_HEADER_BYTES);
+            assert_eq!(ChunkHeader::encoded_bytes(bytes.first_chunk().expect("its start")), Ok(len));
             bytes.extend([7; 100]);
             assert_eq!(ChunkHeader::decode(&bytes), Ok((header(layers), len)));
         }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 
 /// The version of the messages and of the checksums in them. Peers of another version are refused in the handshake.
-pub const WIRE_VERSION: u16 = 2;
+pub const WIRE_VERSION: u16 = 3;
 /// The longest frame that is encoded or decoded.
 pub const MAX_FRAME_BYTES: usize = 16 << 20;
 /// The longest prompt, in tokens.
@@ -250,7 +250,40 @@ pub struct FirstTokens {
     /// One token for each choice.
     pub tokens: Vec<Sampled>,
     /// Prompt tokens whose KV was reused rather than computed.
-    pub cached_tokens: u32,
+    pub cached: CachedTokens,
+}
+
+/// Tokens of a prompt whose KV was reused rather than computed, by where it was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct CachedTokens {
+    /// In pages of the prefill node.
+    pub pages: u32,
+    /// In its host memory.
+    pub host: u32,
+    /// On its disk.
+    pub disk: u32,
+    /// In a remote store.
+    pub remote: u32,
+}
+
+impl CachedTokens {
+    /// All of them.
+    #[must_use]
+    pub fn total(&self) -> u32 {
+        let CachedTokens { pages, host, disk, remote } = *self;
+        [pages, host, disk, remote].into_iter().fold(0, u32::saturating_add)
+    }
+
+    /// Those of both.
+    #[must_use]
+    pub fn plus(self, other: CachedTokens) -> CachedTokens {
+        CachedTokens {
+            pages: self.pages.saturating_add(other.pages),
+            host: self.host.saturating_add(other.host),
+            disk: self.disk.saturating_add(other.disk),
+            remote: self.remote.saturating_add(other.remote),
+        }
+    }
 }
 
 /// Generated tokens of one choice.

@@ -12,7 +12,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use tandem_proto::ids::TokenId;
 use tandem_proto::wire::{
-    Finish, FirstTokens, Generation, MAX_PROMPT_TOKENS, MAX_TOKEN_LIST, Sampled, SamplingParams, Tokens,
+    CachedTokens, Finish, FirstTokens, Generation, MAX_PROMPT_TOKENS, MAX_TOKEN_LIST, Sampled,
+    SamplingParams, Tokens,
 };
 use tandem_text::{Detokenizer, StopStrings, TextModel, TokenizerError};
 
@@ -200,7 +201,7 @@ pub struct Life {
     plan: Arc<Plan>,
     choices: Vec<Choice>,
     /// Prompt tokens that were not computed; known once the first tokens are here.
-    cached_tokens: Option<u32>,
+    cached: Option<CachedTokens>,
     /// Tokens that overtook the first ones, which they follow without a gap.
     early: Vec<Tokens>,
     ready: VecDeque<Piece>,
@@ -232,7 +233,7 @@ impl Life {
             ended_by_node: false,
         };
         let choices = (0..plan.generation.choices).map(choice).collect();
-        Life { model, plan, choices, cached_tokens: None, early: Vec::new(), ready: VecDeque::new() }
+        Life { model, plan, choices, cached: None, early: Vec::new(), ready: VecDeque::new() }
     }
 
     /// Takes the first token of every choice.
@@ -243,7 +244,7 @@ impl Life {
         if first.tokens.len() != self.choices.len() {
             return Err(Fault::FirstTokens { got: first.tokens.len(), choices: self.choices.len() });
         }
-        if self.cached_tokens.replace(first.cached_tokens).is_some() {
+        if self.cached.replace(first.cached).is_some() {
             return Ok(());
         }
         for (index, token) in first.tokens.into_iter().enumerate() {
@@ -266,7 +267,7 @@ impl Life {
             return Err(Fault::Choice { choice: tokens.choice.0, choices });
         };
         // Only the first token may come later than what follows it.
-        if choice.next == 0 && tokens.start > 0 && self.cached_tokens.is_none() {
+        if choice.next == 0 && tokens.start > 0 && self.cached.is_none() {
             let of_choice = self.early.iter().filter(|early| early.choice == tokens.choice);
             let have = of_choice.map(|early| early.start + early.tokens.len() as u32).max().unwrap_or(1);
             if tokens.start > have {
@@ -294,7 +295,7 @@ impl Life {
     /// Whether first tokens are here.
     #[must_use]
     pub fn has_first(&self) -> bool {
-        self.cached_tokens.is_some()
+        self.cached.is_some()
     }
 
     /// Whether every completion ended.
@@ -314,7 +315,7 @@ impl Life {
     #[must_use]
     pub fn usage(&self) -> Usage {
         let completion = self.choices.iter().map(|choice| choice.next).fold(0, u32::saturating_add);
-        Usage::new(self.plan.prompt.len() as u32, completion, self.cached_tokens.unwrap_or(0))
+        Usage::new(self.plan.prompt.len() as u32, completion, self.cached.unwrap_or_default())
     }
 
     fn check_count(&self, index: usize, start: u32, count: usize) -> Result<(), Fault> {
@@ -431,7 +432,8 @@ mod tests {
     }
 
     fn first(tokens: &[TokenId]) -> FirstTokens {
-        FirstTokens { request: RequestId(1), tokens: sampled(tokens), cached_tokens: 3 }
+        let cached = CachedTokens { pages: 2, host: 1, ..CachedTokens::default() };
+        FirstTokens { request: RequestId(1), tokens: sampled(tokens), cached }
     }
 
     fn next(choice: u32, start: u32, tokens: &[TokenId], finish: Option<Finish>) -> Tokens {

@@ -13,6 +13,8 @@ use tandem_proto::ids::{ChoiceIdx, TokenId};
 use tandem_proto::wire::SamplingParams;
 
 const ANSWER_TOKENS: u32 = 12;
+/// Tokens of a chunk.
+const CHUNK: u64 = 256;
 
 /// As many prompts, of 1 to `longest` tokens, evenly spread, of arbitrary tokens; some begin like others.
 #[must_use]
@@ -88,6 +90,25 @@ pub fn assert_computes_the_same(model: &Path, prompts: &[Vec<TokenId>], answers:
         assert_eq!(said, expected, "prompt {at} of {len} tokens");
         assert_eq!(answer["usage"]["prompt_tokens"], len);
     }
+}
+
+/// Compares what each answer says of its prompt with all that can be reused: every chunk but the last token's. Returns how
+/// many tokens were in `tier`.
+///
+/// # Panics
+/// When something was computed again.
+#[must_use]
+pub fn assert_all_reused(prompts: &[Vec<TokenId>], answers: &[Value], tier: &str) -> u64 {
+    let count = |value: &Value| value.as_u64().expect("a count");
+    let reused = prompts.iter().zip(answers).map(|(prompt, answer)| {
+        let details = &answer["usage"]["prompt_tokens_details"];
+        let split = details["tandem"].as_object().expect("the split by tier");
+        let all = count(&details["cached_tokens"]);
+        assert_eq!(all, split.values().map(count).sum::<u64>(), "{details}");
+        assert_eq!(all, (prompt.len() as u64 - 1) / CHUNK * CHUNK, "a prompt of {}: {details}", prompt.len());
+        count(&split[tier])
+    });
+    reused.sum()
 }
 
 /// How far log probabilities of another engine, in the same precision, may be from the CPU's.

@@ -221,11 +221,11 @@ impl Cluster {
                 ("tls-dir", &tls_dir),
                 ("log-format", "json"),
             ];
-            if !options.node_flags.iter().any(|flag| flag == "--kv-memory") {
+            let more = [&options.node_flags[..], &on.node_flags].concat();
+            if !more.iter().any(|flag| flag == "--kv-memory") {
                 // Several nodes share a small machine.
                 given.push(("kv-memory", "256MiB"));
             }
-            let more = [&options.node_flags[..], &on.node_flags].concat();
             Process::start(name, binary, on, &flags(&given, &more))
         };
         let (first, second) = (&options.prefill_on, &options.decode_on);

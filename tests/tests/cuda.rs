@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 use tandem_memory::cuda::{CudaError, Device};
-use tandem_tests::one_process::{ask, assert_computes_nearly_the_same, prompts};
+use tandem_tests::one_process::{ask, assert_all_reused, assert_computes_nearly_the_same, prompts};
 use tandem_tests::processes::{Cluster, ClusterOptions, metric, model};
 
 const PROMPTS: usize = 100;
@@ -98,6 +98,30 @@ fn each_node_on_a_gpu_of_its_own() {
         1 => println!("skipped: there is one GPU only"),
         _ => check(&on(0, 1, "auto"), "cuda_ipc"),
     }
+}
+
+/// Prompts come again after their pages went to others: their KV comes back from pinned memory of the host.
+#[test]
+fn what_left_the_pages_is_not_computed_again() {
+    if gpus() == 0 {
+        return;
+    }
+    let mut options = on(0, 0, "auto");
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    options.node_flags.drain(2..4);
+    options.prefill_on.node_flags.extend(words(&["--kv-memory", "24MiB", "--cache-memory", "1GiB"]));
+    options.decode_on.node_flags.extend(words(&["--kv-memory", "1GiB"]));
+    let cluster = Cluster::start(&options);
+    let prompts = prompts(40, LONGEST);
+    let cold = ask(&cluster, &prompts, 1);
+    assert_computes_nearly_the_same(&options.model, &prompts, &cold);
+    let warm = ask(&cluster, &prompts, 8);
+    assert_computes_nearly_the_same(&options.model, &prompts, &warm);
+    let from_host = assert_all_reused(&prompts, &warm, "host");
+    let metrics = cluster.node_page("prefill-0", "/metrics").1;
+    assert_eq!(metric(&metrics, "tandem_node_cache_damaged_total", ""), Some(0.0), "{metrics}");
+    println!("{from_host} tokens came back from host memory");
+    assert!(from_host > 0);
 }
 
 /// Staged through memory of the host, as between hosts.

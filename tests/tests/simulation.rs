@@ -1,5 +1,6 @@
 //! Random traffic over the simulated network: no wrong token, no leak, no request open after its deadline.
 
+use tandem_proto::wire::CachedTokens;
 use tandem_tests::simulation::{Break, Weather, run};
 
 /// Seeds that every run of the tests plays; `TANDEM_SEEDS=first..end` plays others.
@@ -14,11 +15,13 @@ fn seeds() -> std::ops::Range<u64> {
 #[test]
 fn two_thousand_seeds_break_no_rule() {
     let (mut complete, mut early, mut corrupt, mut seconds, mut broken) = (0, 0, 0, 0.0, 0);
+    let mut cached = CachedTokens::default();
     for seed in seeds() {
         let outcome = run(seed, Weather::of(seed), None);
         complete += outcome.complete;
         early += outcome.ended_early;
         corrupt += outcome.corrupt;
+        cached = cached.plus(outcome.cached);
         seconds += outcome.seconds;
         if !outcome.violations.is_empty() {
             broken += 1;
@@ -31,8 +34,11 @@ fn two_thousand_seeds_break_no_rule() {
     println!(
         "{complete} requests complete, {early} ended early ({corrupt} for a flipped bit), {seconds:.0} simulated seconds"
     );
+    println!("not computed: {cached:?}");
     assert_eq!(broken, 0, "seeds broke a rule; play one with TANDEM_SEEDS=N..N+1");
     assert!(complete > early, "most requests should complete");
+    let CachedTokens { pages, host, disk, .. } = cached;
+    assert!(pages.min(host).min(disk) > 0, "every tier should be used");
 }
 
 #[test]

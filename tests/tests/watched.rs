@@ -61,6 +61,7 @@ fn every_node_tells_what_moved_and_how() {
             assert_eq!(cluster.node_page(node, "/nothing").0, 404);
             let status: Value = serde_json::from_str(&cluster.node_page(node, "/status").1).expect("JSON");
             assert_eq!(status["role"], role);
+            assert_eq!(status["cache"].is_object(), role == "prefill", "{status}");
             assert_eq!(status["model"]["name"], "tiny", "{status}");
             assert_eq!(status["peers"][0]["path"], path, "{status}");
             assert!(status["peers"][0]["paths"][path]["lanes_opened"].as_u64() > Some(0), "{status}");

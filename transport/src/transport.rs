@@ -1,5 +1,6 @@
 //! The seam: [`Transport`], what it is given and what it reports.
 
+use crate::net::lane::Path;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -76,6 +77,11 @@ pub trait Transport: Send {
 
     /// Ends the connection to a peer, and everything under way with it (points 11 and 12).
     fn sever(&mut self, peer: NodeId);
+
+    /// Which way writes to a peer go now, if there are several and it is known.
+    fn path(&self, _peer: NodeId) -> Option<Path> {
+        None
+    }
 
     /// Whom to wake when `poll` would return something. Replaces the one before.
     fn set_waker(&mut self, waker: Waker);

@@ -87,7 +87,7 @@ pub fn last_logits_of<E: Engine>(
         let sequence =
             Sequence { tokens: part, start: start as u32, pages: &table, logits: end == tokens.len() };
         let mut layers = Vec::new();
-        let mut tell = |progress, _: &E::Pages| {
+        let mut tell = |progress, _: &mut E::Pages| {
             if let Progress::Layer(layer) = progress {
                 layers.push(layer);
             }

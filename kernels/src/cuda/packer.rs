@@ -12,12 +12,23 @@ use tandem_memory::{Extent, HostRegion};
 use tandem_proto::ids::{LayerIdx, PageId};
 use tandem_proto::layout::KvShape;
 
-/// [`Kernels`] on a GPU. Packed KV lies in the twins of its [`Kernels::memory`].
+/// [`Kernels`] on a GPU. Packed KV lies in the twins of its [`Kernels::memory`], or in its [`Kernels::host_memory`], which
+/// it reads and writes over the link to the host.
 ///
 /// What is asked for between two polls becomes one launch, if it waits for the same layer of the engine, or for none.
+/// Conversions within the GPU, to the host and from it do not wait for each other.
 pub struct CudaPacker {
     kernels: Arc<CudaKernels>,
+    within: Lane,
+    to_host: Lane,
+    from_host: Lane,
+}
+
+/// Conversions that come one after the other.
+struct Lane {
+    kernels: Arc<CudaKernels>,
     stream: Arc<CudaStream>,
+    share: Share,
     limits: PlanLimits,
     /// Not given to the GPU yet.
     asked: VecDeque<Asked>,
@@ -69,11 +80,18 @@ struct Launched {
 const CHUNKS: usize = 64;
 /// Launches under way, at most: as many as a model has layers, so that a step of the engine can be followed layer by layer.
 const LAUNCHES: usize = 32;
-/// Before the engine's work that waits for multiprocessors: KV that is ready is what another node waits for. The driver
-/// takes the nearest priority that it has.
+/// The same to or from the host: one follows on the other without a gap.
+const HOST_LAUNCHES: usize = 8;
+/// Before the engine's work that waits for multiprocessors: a prompt waits for what comes from the host. The driver takes
+/// the nearest priority that it has.
 const PRIORITY: i32 = -5;
-/// A layer is packed in microseconds, and the rest of the GPU goes on with the engine's work.
-const SHARE: Share = Share { checksum: true, multiprocessors: NonZeroU32::new(32) };
+/// After the engine's work: nobody waits for what is kept, and what is handed over goes in gaps that the engine's
+/// kernels leave, where blocks of microseconds delay none of them.
+const LOW_PRIORITY: i32 = 0;
+/// Small blocks on the whole GPU: they are soon over.
+const SHARE: Share = Share { checksum: true, multiprocessors: None };
+/// The link to the host is an order of magnitude slower than the GPU's memory.
+const HOST_SHARE: Share = Share { checksum: true, multiprocessors: NonZeroU32::new(16) };
 
 impl CudaPacker {
     /// For KV of `shape`.
@@ -81,20 +99,13 @@ impl CudaPacker {
     /// # Errors
     /// When the GPU or the host has no memory for its plans.
     pub fn new(kernels: &Arc<CudaKernels>, shape: &KvShape) -> Result<CudaPacker, PlanError> {
-        let device = kernels.device();
-        let stream = device.context().new_stream_with_priority(PRIORITY);
-        let stream = device.said("make a stream", stream)?;
         let pages = CHUNKS * shape.pages(shape.chunk_tokens) as usize;
         let limits = PlanLimits { chunks: CHUNKS, pages, layers: 1 };
-        let idle = (0..LAUNCHES).map(|_| Plan::new(kernels, &stream, limits)).collect::<Result<_, _>>()?;
         Ok(CudaPacker {
             kernels: Arc::clone(kernels),
-            stream,
-            limits,
-            asked: VecDeque::new(),
-            idle,
-            launched: VecDeque::new(),
-            running: 0,
+            within: Lane::new(kernels, limits, LAUNCHES, LOW_PRIORITY, SHARE)?,
+            to_host: Lane::new(kernels, limits, HOST_LAUNCHES, LOW_PRIORITY, HOST_SHARE)?,
+            from_host: Lane::new(kernels, limits, HOST_LAUNCHES, PRIORITY, HOST_SHARE)?,
         })
     }
 
@@ -107,13 +118,60 @@ impl CudaPacker {
         tokens: u32,
         packed: &Extent,
     ) -> Result<(), PackError> {
+        let (lane, packed) = match (packed.on_device(), way) {
+            (Some(packed), _) => (&mut self.within, Some(packed)),
+            (None, Way::Pack) => (&mut self.to_host, packed.mapped_on_device()),
+            (None, Way::Scatter) => (&mut self.from_host, packed.mapped_on_device()),
+        };
         let here = self.kernels.device();
-        let packed = packed.on_device().filter(|packed| packed.region().device().ordinal() == here.ordinal());
+        let packed = packed.filter(|packed| packed.region().device().ordinal() == here.ordinal());
         let packed = packed.ok_or_else(|| PackError::Unreached { device: here.name().to_owned() })?;
         let pages = pages.iter().map(|page| kv.all_layers_page(layer, *page)).collect();
         let pool = kv.all_layers().clone();
-        self.asked.push_back(Asked { ticket, way, after, pool, pages, tokens, packed });
+        lane.asked.push_back(Asked { ticket, way, after, pool, pages, tokens, packed });
         Ok(())
+    }
+
+    fn lanes(&mut self) -> [&mut Lane; 3] {
+        [&mut self.within, &mut self.from_host, &mut self.to_host]
+    }
+}
+
+impl Lane {
+    fn new(
+        kernels: &Arc<CudaKernels>,
+        limits: PlanLimits,
+        launches: usize,
+        priority: i32,
+        share: Share,
+    ) -> Result<Lane, PlanError> {
+        let device = kernels.device();
+        let stream = device.context().new_stream_with_priority(priority);
+        let stream = device.said("make a stream", stream)?;
+        let idle = (0..launches).map(|_| Plan::new(kernels, &stream, limits)).collect::<Result<_, _>>()?;
+        Ok(Lane {
+            kernels: Arc::clone(kernels),
+            stream,
+            share,
+            limits,
+            asked: VecDeque::new(),
+            idle,
+            launched: VecDeque::new(),
+            running: 0,
+        })
+    }
+
+    /// Tells what is over, and launches what was asked for.
+    fn poll(&mut self, done: &mut Vec<Converted>) -> Result<(), PlanError> {
+        while let Some(Launched { plan, tickets }) = self.launched.front_mut() {
+            let Some(checksums) = plan.poll_checksums()? else { break };
+            let told = tickets.iter().zip(checksums.sums);
+            done.extend(told.map(|(ticket, checksum)| Converted { ticket: *ticket, checksum }));
+            self.running -= tickets.len();
+            let over = self.launched.pop_front();
+            self.idle.extend(over.map(|launched| launched.plan));
+        }
+        self.launch()
     }
 
     /// Launches what was asked for, as far as there are plans.
@@ -143,8 +201,8 @@ impl CudaPacker {
             }
             plan.set(pool.layout(), None, &chunks)?;
             match way {
-                Way::Pack => plan.pack(&pool, 0..1, SHARE)?,
-                Way::Scatter => plan.scatter(&pool, 0..1, SHARE)?,
+                Way::Pack => plan.pack(&pool, 0..1, self.share)?,
+                Way::Scatter => plan.scatter(&pool, 0..1, self.share)?,
             }
             plan.fetch_checksums(0..1)?;
             self.running += count;
@@ -161,6 +219,10 @@ impl Kernels for CudaPacker {
 
     fn memory(&self, len: usize) -> Result<Arc<HostRegion>, PlanError> {
         Ok(HostRegion::with_twin(self.kernels.device(), len)?)
+    }
+
+    fn host_memory(&self, len: usize) -> Result<Arc<HostRegion>, PlanError> {
+        Ok(HostRegion::pinned(self.kernels.device(), len)?)
     }
 
     unsafe fn pack(
@@ -191,18 +253,11 @@ impl Kernels for CudaPacker {
     }
 
     fn poll(&mut self, done: &mut Vec<Converted>) -> Result<(), PlanError> {
-        while let Some(Launched { plan, tickets }) = self.launched.front_mut() {
-            let Some(checksums) = plan.poll_checksums()? else { break };
-            let told = tickets.iter().zip(checksums.sums);
-            done.extend(told.map(|(ticket, checksum)| Converted { ticket: *ticket, checksum }));
-            self.running -= tickets.len();
-            let over = self.launched.pop_front();
-            self.idle.extend(over.map(|launched| launched.plan));
-        }
-        self.launch()
+        self.lanes().into_iter().try_for_each(|lane| lane.poll(done))
     }
 
     fn under_way(&self) -> usize {
-        self.asked.len() + self.running
+        let lanes = [&self.within, &self.from_host, &self.to_host];
+        lanes.into_iter().map(|lane| lane.asked.len() + lane.running).sum()
     }
 }

@@ -91,7 +91,8 @@ pub struct Latency {
 }
 
 impl Latency {
-    pub(super) fn add(&mut self, us: u64) {
+    /// One more.
+    pub fn add(&mut self, us: u64) {
         self.count += 1;
         self.total_us = self.total_us.saturating_add(us);
         self.max_us = self.max_us.max(us);

@@ -1,5 +1,10 @@
 //! Where stored chunks lie beyond this process's memory: on disk, in a remote store, at a peer.
 
+// The contract's test owns the memory that it gives to calls.
+#[allow(unsafe_code)]
+pub mod contract;
+pub mod disk;
+
 use std::fmt;
 use std::sync::Arc;
 use tandem_memory::Extent;
@@ -16,7 +21,8 @@ use tandem_proto::stored::ChunkHeader;
 /// 3. Every call is answered: a place that hangs is given up after the tier's deadline, unless it may still touch the
 ///    memory, which is then kept until it cannot.
 /// 4. It never holds more bytes than its budget, headers and its own bookkeeping counted; what must go is chosen by
-///    its policy, and pinned chunks do not go. What finds no room is refused.
+///    its policy, and pinned chunks do not go. What finds no room is refused. A store that others fill too sets its own
+///    bounds, and pins nothing.
 /// 5. Queues are bounded: a call beyond is answered at once with [`TierError::Busy`].
 /// 6. A header is told only when it decodes and names the key that was asked for. Packed bytes are compared with its
 ///    checksums by whoever uses them, and [`Tier::remove`]d if they differ.
@@ -113,11 +119,11 @@ pub enum TierError {
 /// What a tier holds and has counted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Usage {
-    /// Chunks that can be found.
+    /// Chunks that can be found; 0 if nobody counts them, as in a store that others fill too.
     pub chunks: u64,
     /// Bytes that they take.
     pub bytes: u64,
-    /// Bytes that it may take.
+    /// Bytes that it may take; 0 if its place sets its own bounds. Then bytes and chunks are 0 too.
     pub budget: u64,
     /// Calls that are not answered.
     pub under_way: u64,

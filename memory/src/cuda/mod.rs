@@ -10,6 +10,7 @@ mod twin;
 
 pub use copies::{Copies, Mark};
 pub use device::Device;
+pub(crate) use pinned::Mapped;
 pub use pinned::PinnedRegion;
 pub use region::{DeviceExtent, DeviceRegion, IpcHandle};
 pub(crate) use twin::Twin;

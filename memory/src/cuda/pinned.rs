@@ -29,6 +29,35 @@ impl PinnedRegion {
     }
 }
 
+/// A range of host memory that is pinned, and reached by a GPU.
+pub(crate) struct Mapped {
+    pin: Pin,
+    address: u64,
+}
+
+impl Mapped {
+    /// # Safety
+    /// The range must be mapped as long as this lives.
+    pub(crate) unsafe fn new(device: &Arc<Device>, base: *mut u8, len: usize) -> Result<Mapped, CudaError> {
+        // SAFETY: the caller's promise.
+        let pin = unsafe { Pin::with(device, base, len, sys::CU_MEMHOSTREGISTER_DEVICEMAP) }?;
+        let mut address = 0;
+        // SAFETY: the range is registered with an address for devices, and `address` is ours to write.
+        let said = unsafe { sys::cuMemHostGetDevicePointer_v2(&raw mut address, base.cast(), 0) };
+        device.said("reach pinned memory of the host", said.result())?;
+        Ok(Mapped { pin, address })
+    }
+
+    pub(super) fn device(&self) -> &Arc<Device> {
+        &self.pin.device
+    }
+
+    /// Where the range begins, for the GPU's kernels.
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+}
+
 /// A range of host memory that is pinned as long as this lives.
 pub(super) struct Pin {
     device: Arc<Device>,
@@ -44,9 +73,17 @@ impl Pin {
     /// # Safety
     /// The range must be mapped as long as this lives.
     pub(super) unsafe fn new(device: &Arc<Device>, base: *mut u8, len: usize) -> Result<Pin, CudaError> {
-        device.bind()?;
         // SAFETY: the caller's promise.
-        let said = unsafe { sys::cuMemHostRegister_v2(base.cast(), len, sys::CU_MEMHOSTREGISTER_PORTABLE) };
+        unsafe { Pin::with(device, base, len, 0) }
+    }
+
+    /// # Safety
+    /// As for [`Pin::new`].
+    unsafe fn with(device: &Arc<Device>, base: *mut u8, len: usize, flags: u32) -> Result<Pin, CudaError> {
+        device.bind()?;
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | flags;
+        // SAFETY: the caller's promise.
+        let said = unsafe { sys::cuMemHostRegister_v2(base.cast(), len, flags) };
         device.said(&format!("pin {len} bytes of host memory"), said.result())?;
         Ok(Pin { device: Arc::clone(device), base })
     }

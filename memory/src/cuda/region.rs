@@ -1,5 +1,5 @@
-use super::{CudaError, Device};
-use crate::RegionError;
+use super::{CudaError, Device, Mapped};
+use crate::{HostRegion, RegionError};
 use cudarc::driver::{CudaStream, result, sys};
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -23,6 +23,10 @@ enum Origin {
     Taken,
     /// Another process's.
     Imported,
+    /// The host's, which is pinned as long as its region lives.
+    Host {
+        _memory: Arc<HostRegion>,
+    },
     /// Of this process, by the handle that it exported.
     Own {
         _held: Arc<DeviceRegion>,
@@ -80,6 +84,12 @@ impl DeviceRegion {
         let said = unsafe { result::malloc_sync(len.next_multiple_of(GRANULE)) };
         let address = device.said(&format!("give {len} bytes of its memory"), said)?;
         Ok(Arc::new(DeviceRegion { device: Arc::clone(device), address, len, origin: Origin::Taken }))
+    }
+
+    /// Memory of the host as its GPU reaches it.
+    pub(crate) fn of_host(mapped: &Mapped, memory: Arc<HostRegion>) -> Arc<DeviceRegion> {
+        let (device, address, len) = (Arc::clone(mapped.device()), mapped.address(), memory.len());
+        Arc::new(DeviceRegion { device, address, len, origin: Origin::Host { _memory: memory } })
     }
 
     /// The memory that a process exported, of this GPU or of one that `device` reaches, for `device` to use.
@@ -242,7 +252,7 @@ impl Drop for DeviceRegion {
         let context = self.device.context();
         context.record_err(context.bind_to_thread());
         match &self.origin {
-            Origin::Own { .. } => {}
+            Origin::Own { .. } | Origin::Host { .. } => {}
             // SAFETY: taken in `take`, and given back once. The driver waits for what still uses it.
             Origin::Taken => context.record_err(unsafe { result::free_sync(self.address) }),
             Origin::Imported => {

@@ -1,6 +1,7 @@
 //! How many tokens a request took.
 
 use serde::Serialize;
+use tandem_proto::wire::CachedTokens;
 
 /// Token counts as OpenAI reports them. The token that ended a completion counts, though it shows no text.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
@@ -20,17 +21,19 @@ pub struct Usage {
 pub struct PromptTokens {
     /// Tokens whose KV was reused rather than computed.
     pub cached_tokens: u32,
+    /// Where their KV was: an extension of ours.
+    pub tandem: CachedTokens,
 }
 
 impl Usage {
     /// The usage of `prompt` and `completion` tokens, `cached` of them reused.
     #[must_use]
-    pub fn new(prompt: u32, completion: u32, cached: u32) -> Usage {
+    pub fn new(prompt: u32, completion: u32, cached: CachedTokens) -> Usage {
         Usage {
             prompt_tokens: prompt,
             completion_tokens: completion,
             total_tokens: prompt.saturating_add(completion),
-            prompt_tokens_details: PromptTokens { cached_tokens: cached },
+            prompt_tokens_details: PromptTokens { cached_tokens: cached.total(), tandem: cached },
         }
     }
 
@@ -40,9 +43,7 @@ impl Usage {
         Usage::new(
             self.prompt_tokens.saturating_add(other.prompt_tokens),
             self.completion_tokens.saturating_add(other.completion_tokens),
-            self.prompt_tokens_details
-                .cached_tokens
-                .saturating_add(other.prompt_tokens_details.cached_tokens),
+            self.prompt_tokens_details.tandem.plus(other.prompt_tokens_details.tandem),
         )
     }
 }

@@ -38,7 +38,8 @@ async fn a_chat_answer() {
     assert_eq!(
         json["usage"],
         json!({"prompt_tokens": 6, "completion_tokens": completion, "total_tokens": 6 + completion,
-            "prompt_tokens_details": {"cached_tokens": 2}})
+            "prompt_tokens_details": {"cached_tokens": 2,
+                "tandem": {"pages": 1, "host": 1, "disk": 0, "remote": 0}}})
     );
     router.until(|router| router.dispatcher.attempts() == 0).await;
     assert_eq!(router.metric("tandem_router_cancellations_total").await, 0);

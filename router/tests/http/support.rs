@@ -14,7 +14,7 @@ use tandem_proto::ids::{ChoiceIdx, NodeId, RequestId, TokenId};
 use tandem_proto::keys::Fingerprint;
 use tandem_proto::layout::{KvDtype, KvShape};
 use tandem_proto::wire::{
-    self, Expect, Finish, FirstTokens, Hello, Logprobs, Message, Role, Sampled, Submit, Tokens,
+    self, CachedTokens, Expect, Finish, FirstTokens, Hello, Logprobs, Message, Role, Sampled, Submit, Tokens,
 };
 use tandem_text::TextModel;
 use tandem_transport::Identity;
@@ -27,6 +27,8 @@ use tokio::time::timeout;
 /// Beyond this, something hangs.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) const EOT: TokenId = TokenId(1);
+/// What prefill nodes say that they had of a prompt.
+const CACHED: CachedTokens = CachedTokens { pages: 1, host: 1, disk: 0, remote: 0 };
 
 pub(crate) static MODEL: LazyLock<Arc<TextModel>> = LazyLock::new(|| {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny");
@@ -259,7 +261,7 @@ impl Node {
 
     pub(crate) fn first(&self, request: RequestId, tokens: &[TokenId]) {
         let tokens = sampled(tokens);
-        self.send(Message::FirstTokens(FirstTokens { request, tokens, cached_tokens: 2 }));
+        self.send(Message::FirstTokens(FirstTokens { request, tokens, cached: CACHED }));
     }
 
     pub(crate) fn tokens(
@@ -304,7 +306,7 @@ pub(crate) fn answering(prefill: Node, decode: Node, text: &str) -> (JoinHandle<
                     None => sampled(&vec![first; choices]),
                 };
                 let request = submit.request;
-                prefill.send(Message::FirstTokens(FirstTokens { request, tokens, cached_tokens: 2 }));
+                prefill.send(Message::FirstTokens(FirstTokens { request, tokens, cached: CACHED }));
             }
         }
     });

@@ -14,7 +14,7 @@ use tandem_proto::ids::{LayerIdx, NodeId, SlotEpoch, SlotId};
 use tandem_proto::wire::{self, Handoff, LeaseToken, Message};
 use tandem_transport::sim::{SimNetwork, SimTransport};
 use tandem_transport::{
-    Event, FailReason, RegionId, SubmitError, Transport, TransportError, Window, Write, control,
+    Event, FailReason, Path, RegionId, SubmitError, Transport, TransportError, Window, Write, control,
 };
 
 /// One rule of the handoff that a cluster breaks.
@@ -35,11 +35,13 @@ pub enum Break {
     SentBeforePacked,
     /// The decode node frees slots, and decodes from pages, while layers are still being scattered.
     SlotFreedWhileRead,
+    /// The prefill node does not compare the checksums of stored chunks: those of damaged ones agree.
+    ChecksumNotCompared,
 }
 
 impl Break {
     /// All of them.
-    pub const ALL: [Break; 7] = [
+    pub const ALL: [Break; 8] = [
         Break::SlotFreedEarly,
         Break::FencedTooSoon,
         Break::DoneBeforeAllBytes,
@@ -47,6 +49,7 @@ impl Break {
         Break::StaleEpochAccepted,
         Break::SentBeforePacked,
         Break::SlotFreedWhileRead,
+        Break::ChecksumNotCompared,
     ];
 }
 
@@ -236,6 +239,10 @@ impl Transport for WatchedTransport {
         if self.broken != Some(Break::StaleEpochAccepted) {
             self.inner.close_window(window);
         }
+    }
+
+    fn path(&self, peer: NodeId) -> Option<Path> {
+        self.inner.path(peer)
     }
 
     fn connect(&mut self, peer: NodeId, address: SocketAddr) {

@@ -49,6 +49,8 @@ pub(super) struct SimKernels {
     pub(super) clock: Clock,
     pub(super) seen: SharedSeen,
     pub(super) broken: Option<Break>,
+    /// A slot may be scattered to several places at a time: it is a stored chunk's.
+    pub(super) shared_slots: bool,
     /// Draws how long each conversion takes. Without it, it is over at once.
     pub(super) slow: Option<Rng>,
     pub(super) begun: Vec<Begun>,
@@ -101,10 +103,12 @@ impl Begun {
     }
 
     /// Whether both would use a slot, or write a page, at the same time.
-    fn disturbs(&self, other: &Begun) -> bool {
+    fn disturbs(&self, other: &Begun, shared_slots: bool) -> bool {
         let range = |begun: &Begun| begun.extent.offset()..begun.extent.offset() + begun.extent.len();
         let (a, b) = (range(self), range(other));
-        let slot = a.start < b.end && b.start < a.end;
+        let both_read = shared_slots && self.what == What::Scatter && other.what == What::Scatter;
+        let same_region = Arc::ptr_eq(self.extent.region(), other.extent.region());
+        let slot = same_region && a.start < b.end && b.start < a.end && !both_read;
         let page = self.what == What::Scatter
             && self.layer == other.layer
             && self.pages.iter().any(|page| other.pages.contains(page));
@@ -114,7 +118,7 @@ impl Begun {
 
 impl SimKernels {
     fn begin(&mut self, mut begun: Begun) -> Result<(), PackError> {
-        if self.begun.iter().any(|other| other.disturbs(&begun)) {
+        if self.begun.iter().any(|other| other.disturbs(&begun, self.shared_slots)) {
             let what = format!("{:?} lets two conversions use one slot or page at a time", self.node);
             self.seen.lock().expect("one thread").violations.push(what);
         }
@@ -148,6 +152,10 @@ impl Kernels for SimKernels {
     type Error = RegionError;
 
     fn memory(&self, len: usize) -> Result<Arc<HostRegion>, RegionError> {
+        HostRegion::map(len)
+    }
+
+    fn host_memory(&self, len: usize) -> Result<Arc<HostRegion>, RegionError> {
         HostRegion::map(len)
     }
 

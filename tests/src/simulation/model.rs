@@ -1,6 +1,8 @@
 //! A model whose KV is a chain of hashes and whose next token depends on every byte of it.
 
 use super::kernels::SimPages;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tandem_engine::{Engine, EngineError, Logits, ModelInfo, Progress, Sequence};
 use tandem_kernels::KvPages;
 use tandem_proto::ids::{LayerIdx, PageId, TokenId};
@@ -13,6 +15,8 @@ pub(super) const VOCAB: u32 = 61;
 /// Small enough that thousands of runs take seconds; every dimension is more than one.
 pub(super) const SHAPE: KvShape =
     KvShape { layers: 3, kv_heads: 2, head_dim: 2, page_tokens: 4, chunk_tokens: 8, dtype: KvDtype::F32 };
+
+pub(super) const FINGERPRINT: Fingerprint = Fingerprint([7; 32]);
 
 const ROW_BYTES: usize = 8;
 
@@ -68,18 +72,21 @@ fn chain(before: u64, token: TokenId) -> u64 {
 /// The model as an engine over paged KV.
 pub(super) struct ChainEngine {
     info: ModelInfo,
+    /// Tokens that it and others computed.
+    computed: Arc<AtomicU64>,
 }
 
 impl ChainEngine {
-    pub(super) fn new(max_positions: u32) -> ChainEngine {
+    pub(super) fn new(max_positions: u32, computed: Arc<AtomicU64>) -> ChainEngine {
         ChainEngine {
+            computed,
             info: ModelInfo {
                 name: "chain".into(),
                 architecture: "chain".into(),
                 vocab_size: VOCAB,
                 max_positions,
                 kv: SHAPE,
-                fingerprint: Fingerprint([7; 32]),
+                fingerprint: FINGERPRINT,
                 eos: Vec::new(),
                 bos: None,
                 parameters: 0,
@@ -110,8 +117,10 @@ impl Engine for ChainEngine {
         &mut self,
         batch: &[Sequence<'_>],
         kv: &mut SimPages,
-        progress: &mut dyn FnMut(Progress, &SimPages),
+        progress: &mut dyn FnMut(Progress, &mut SimPages),
     ) -> Result<Logits, EngineError> {
+        let tokens: usize = batch.iter().map(|sequence| sequence.tokens.len()).sum();
+        self.computed.fetch_add(tokens as u64, Ordering::Relaxed);
         let before_step = kv.lock();
         let chains: Vec<Vec<u64>> = batch
             .iter()

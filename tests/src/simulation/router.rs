@@ -1,11 +1,11 @@
 //! The router's part in the simulation: sends requests, checks every token that comes back.
 
-use super::model::{VOCAB, expected};
+use super::model::{SHAPE, VOCAB, expected};
 use std::collections::BTreeMap;
 use tandem_proto::ids::{NodeId, RequestId, Time, TokenId};
 use tandem_proto::wire::{
-    Destination, Expect, Finish, FirstTokens, Generation, Message, RequestError, Sampled, SamplingParams,
-    Submit, Tokens,
+    CachedTokens, Destination, Expect, Finish, FirstTokens, Generation, Message, RequestError, Sampled,
+    SamplingParams, Submit, Tokens,
 };
 use tandem_transport::sim::SimNetwork;
 
@@ -51,6 +51,10 @@ pub(super) enum End {
 pub(super) struct Requests {
     pub(super) made: BTreeMap<RequestId, Made>,
     pub(super) violations: Vec<String>,
+    /// Of all prompts whose first token came.
+    pub(super) cached: CachedTokens,
+    /// Tokens of those that were computed, as their nodes say.
+    pub(super) computed: u64,
 }
 
 impl Requests {
@@ -132,7 +136,8 @@ impl Requests {
 
     pub(super) fn message(&mut self, message: Message, network: &SimNetwork, router: NodeId) {
         match message {
-            Message::FirstTokens(FirstTokens { request, tokens, .. }) => {
+            Message::FirstTokens(FirstTokens { request, tokens, cached }) => {
+                self.count_cached(request, cached);
                 for (choice, token) in tokens.into_iter().enumerate() {
                     self.tokens(request, choice, 0, &[token], None);
                 }
@@ -147,6 +152,17 @@ impl Requests {
             Message::Failed { request, error } => self.end(request, End::Failed(error), network, router),
             _ => {}
         }
+    }
+
+    fn count_cached(&mut self, request: RequestId, cached: CachedTokens) {
+        let Some(made) = self.made.get(&request) else { return };
+        let (prompt, total) = (made.plan.prompt.len() as u32, cached.total());
+        if total >= prompt || !total.is_multiple_of(SHAPE.chunk_tokens) {
+            self.violations.push(format!("{request:?}: {cached:?} of {prompt} tokens were not computed"));
+            return;
+        }
+        self.cached = self.cached.plus(cached);
+        self.computed += u64::from(prompt - total);
     }
 
     fn tokens(

@@ -3,16 +3,21 @@
 use super::breaks::{Break, SharedSeen, SimCluster, WatchedTransport, claim_landed};
 use super::chance::Rng;
 use super::kernels::{SimKernels, SimPages};
-use super::model::{ChainEngine, SHAPE};
+use super::model::{ChainEngine, FINGERPRINT, SHAPE};
 use super::router::{End, GENERATION_TIMEOUT_MS, Plan, Requests, prompt};
+use super::tier::{Due, Shelf, SimTier};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use tandem_kernels::Kernels;
+use tandem_kv_store::policy::PolicyKind;
+use tandem_kv_store::{HostPool, PoolConfig, Store, StoreConfig, StoreLimits};
 use tandem_node::{Clock, ClockHand, Next, NodeEvent, inbox};
 use tandem_proto::ids::{NodeId, Time};
-use tandem_proto::wire::{self, Handoff, Message, RequestError};
-use tandem_transport::Event;
+use tandem_proto::wire::{self, CachedTokens, Handoff, Message, RequestError};
 use tandem_transport::control::ControlEvent;
 use tandem_transport::sim::{SimConfig, SimNetwork, SimTransport};
+use tandem_transport::{Event, Path};
 
 const ROUTER: NodeId = NodeId(1);
 const MAX_POSITIONS: u32 = 128;
@@ -33,6 +38,8 @@ pub struct Weather {
     late_completions: bool,
     /// Packing and scattering take their time.
     slow_kernels: bool,
+    /// The tier behind the stores is late, fails and lies.
+    bad_tier: bool,
 }
 
 impl Weather {
@@ -41,7 +48,13 @@ impl Weather {
     /// once and with such that take their time.
     #[must_use]
     pub fn of(seed: u64) -> Weather {
-        let fair = SimConfig { write_limit: 8, detect_us: 450_000..=900_000, ..SimConfig::default() };
+        let fair = SimConfig {
+            write_limit: 8,
+            detect_us: 450_000..=900_000,
+            // Prompts are written as they are computed, or in one burst.
+            path: (seed / 16 % 2 == 1).then_some(Path::CudaIpc),
+            ..SimConfig::default()
+        };
         let rough = SimConfig { loss: 0.02, stall: 0.005, latency_us: 20..=3_000, ..fair.clone() };
         let calm = Weather {
             network: fair,
@@ -50,6 +63,7 @@ impl Weather {
             partitions: false,
             late_completions: false,
             slow_kernels: seed / 4 % 2 == 1,
+            bad_tier: !(seed / 8).is_multiple_of(4),
         };
         let restless =
             Weather { network: rough.clone(), cancels: true, late_completions: true, ..calm.clone() };
@@ -82,6 +96,8 @@ pub struct Outcome {
     pub ended_early: usize,
     /// Requests that failed because a flipped bit was noticed.
     pub corrupt: usize,
+    /// Prompt tokens that were not computed.
+    pub cached: CachedTokens,
     /// Simulated seconds.
     pub seconds: f64,
 }
@@ -90,6 +106,8 @@ struct Actor {
     kind: Kind,
     inbox: tandem_node::InboxSender,
     made_up: Arc<Mutex<Vec<Event>>>,
+    /// When the tier behind its store has something to tell, if it has one.
+    tier: Option<Due>,
     /// When it has to be called, if nothing happens before. None: only when something happens.
     wake: Option<Time>,
     /// Computing until then.
@@ -97,7 +115,7 @@ struct Actor {
 }
 
 enum Kind {
-    Prefill(prefill_node::Node<ChainEngine, SimKernels>),
+    Prefill(Box<prefill_node::Node<ChainEngine, SimKernels>>),
     Decode(decode_node::Node<ChainEngine, SimKernels>),
 }
 
@@ -116,6 +134,9 @@ struct World {
     /// Faults and repairs that are still to come, soonest last.
     faults: Vec<(Time, Fault)>,
     connected: Vec<NodeId>,
+    shelf: Shelf,
+    /// Tokens that prefill nodes computed.
+    computed: Arc<AtomicU64>,
     /// Keeps the router on the network.
     _router_end: SimTransport,
 }
@@ -147,6 +168,8 @@ impl World {
             clock,
             hand,
             _router_end: router_end,
+            shelf: Shelf::default(),
+            computed: Arc::default(),
             seen: SharedSeen::default(),
             actors: BTreeMap::new(),
             next_node: 10,
@@ -184,17 +207,21 @@ impl World {
             clock: self.clock.clone(),
             seen: Arc::clone(&self.seen),
             broken: self.broken,
+            shared_slots: prefill,
             slow: self.weather.slow_kernels.then(|| Rng(self.rng.next())),
             begun: Vec::new(),
         };
-        let engine = ChainEngine::new(MAX_POSITIONS);
+        let computed = if prefill { Arc::clone(&self.computed) } else { Arc::default() };
+        let engine = ChainEngine::new(MAX_POSITIONS, computed);
+        let mut tier = None;
         let layer_bytes = SHAPE.packed_bytes(SHAPE.chunk_tokens) / SHAPE.layers as usize;
         let clock = self.clock.clone();
         let kind = if prefill {
-            let pages = self.rng.between(30, 60) as u32;
+            let pages = self.rng.between(26, 50) as u32;
             let kv = SimPages::new(pages);
             let staging = self.rng.between(2, 6) as usize * layer_bytes;
-            let outbound = prefill_node::Outbound::new(
+            let cache = self.rng.chance(0.8).then(|| self.cache(&kernels, &mut tier));
+            let mut outbound = prefill_node::Outbound::new(
                 clock,
                 cluster,
                 inbox,
@@ -204,9 +231,12 @@ impl World {
                 staging,
             )
             .expect("memory");
+            if let Some(cache) = cache {
+                outbound = outbound.with_cache(cache);
+            }
             let step_tokens = SHAPE.chunk_tokens * self.rng.between(1, 4) as u32;
             let limits = prefill_node::Limits { step_tokens, max_waiting: 64 };
-            Kind::Prefill(prefill_node::Node::new(engine, kv, outbound, limits))
+            Kind::Prefill(Box::new(prefill_node::Node::new(engine, kv, outbound, limits)))
         } else {
             let pages = self.rng.between(45, 90) as u32;
             let kv = SimPages::new(pages);
@@ -225,8 +255,35 @@ impl World {
             Kind::Decode(decode_node::Node::new(engine, kv, inbound, limits))
         };
         let now = self.network.now();
-        self.actors.insert(node, Actor { kind, inbox: sender, made_up, wake: Some(now), busy_until: now });
+        self.actors
+            .insert(node, Actor { kind, inbox: sender, made_up, tier, wake: Some(now), busy_until: now });
         self.network.connect_control(node, ROUTER);
+    }
+
+    /// A store of a few chunks, over the tier that all share.
+    fn cache(&mut self, kernels: &SimKernels, due: &mut Option<Due>) -> prefill_node::Cache {
+        let (clock, rng, honest) = (self.clock.clone(), Rng(self.rng.next()), !self.weather.bad_tier);
+        let tier = SimTier::new(clock, &self.shelf, rng, honest, self.broken);
+        *due = Some(tier.due());
+        let slot_bytes = SHAPE.packed_bytes(SHAPE.chunk_tokens);
+        let slots = self.rng.between(1, 20) as usize;
+        let region = kernels.host_memory(slots * slot_bytes.next_multiple_of(4096)).expect("memory");
+        let policies = [PolicyKind::Lru, PolicyKind::Lfu, PolicyKind::S3Fifo];
+        let config = PoolConfig {
+            policy: policies[self.rng.between(0, 2) as usize],
+            ttl_us: self.rng.chance(0.2).then(|| self.rng.between(10_000, 1_000_000)),
+            tenant_slots: None,
+        };
+        let pool = HostPool::new(&region, slot_bytes, config).expect("room for a slot");
+        let config = StoreConfig { fingerprint: FINGERPRINT, shape: SHAPE, limits: StoreLimits::default() };
+        let store = Store::new(config, pool, vec![Box::new(tier)]);
+        let limits = prefill_node::CacheLimits {
+            patience_us: self.rng.between(0, 100_000),
+            turn_bytes: self.rng.between(1, 2 * slot_bytes as u64) as usize,
+            under_way_bytes: self.rng.between(1, 4 * slot_bytes as u64) as usize,
+            saves: self.rng.between(1, 8) as usize,
+        };
+        prefill_node::Cache::new(store, FINGERPRINT, SHAPE, limits)
     }
 
     /// Draws the requests and the faults of this run.
@@ -333,6 +390,8 @@ impl World {
             self.actors.values().filter_map(|actor| actor.wake.map(|wake| wake.max(actor.busy_until)));
         let busy =
             self.actors.iter().filter(|(node, _)| self.network.has_events(**node)).map(|(_, a)| a.busy_until);
+        let tiers =
+            self.actors.values().filter_map(|actor| Some(actor.tier.as_ref()?.at()?.max(actor.busy_until)));
         let plans = self.plans.last().map(|plan| plan.at);
         let cancels = self
             .requests
@@ -341,8 +400,14 @@ impl World {
             .filter(|made| made.end.is_none())
             .filter_map(|made| made.plan.cancel_at);
         let faults = self.faults.last().map(|(at, _)| *at);
-        let next =
-            nodes.chain(busy).chain(plans).chain(cancels).chain(faults).chain(self.network.next_at()).min();
+        let next = nodes
+            .chain(busy)
+            .chain(tiers)
+            .chain(plans)
+            .chain(cancels)
+            .chain(faults)
+            .chain(self.network.next_at())
+            .min();
         // Half a second when nothing is due: deadlines are checked by the clock.
         next.unwrap_or(now.after_us(500_000)).max(now.after_us(1)).min(now.after_us(500_000))
     }
@@ -432,6 +497,11 @@ impl World {
         for (node, event) in injected {
             if let Some(actor) = self.actors.get_mut(&node) {
                 actor.inbox.try_send(event).expect("room in the inbox");
+                actor.wake = Some(now);
+            }
+        }
+        for actor in self.actors.values_mut() {
+            if actor.tier.as_ref().and_then(Due::at).is_some_and(|at| at <= now) {
                 actor.wake = Some(now);
             }
         }
@@ -536,6 +606,12 @@ impl World {
                 self.requests.violations.push(format!("{node:?} at rest: {leak}"));
             }
         }
+        let computed = self.computed.load(Ordering::Relaxed);
+        let all_came = self.requests.made.values().all(|made| made.end == Some(End::Complete));
+        if all_came && self.weather.is_harmless() && self.requests.computed != computed {
+            let said = self.requests.computed;
+            self.requests.violations.push(format!("{computed} tokens were computed, and {said} as was said"));
+        }
         let seen = self.seen.lock().expect("one thread");
         self.requests.violations.extend(seen.violations.iter().cloned());
         for writer in &seen.refused {
@@ -574,6 +650,7 @@ impl World {
             complete: count(|end| *end == End::Complete),
             ended_early: count(|end| *end != End::Complete),
             corrupt: count(|end| matches!(end, End::Failed(RequestError::Corrupt(_)))),
+            cached: self.requests.cached,
             seconds: self.network.now().0 as f64 / 1e6,
             violations: self.requests.violations,
         }

@@ -295,12 +295,6 @@ impl NetTransport {
         NetObserver(Arc::downgrade(&self.node))
     }
 
-    /// The path that writes to a peer take now.
-    #[must_use]
-    pub fn path(&self, peer: NodeId) -> Option<Path> {
-        self.node.path(peer)
-    }
-
     /// Ends the lanes of a path to a peer, as if they had failed here: for tests of what happens then.
     #[doc(hidden)]
     pub fn fail_path(&self, peer: NodeId, path: Path) {
@@ -370,6 +364,10 @@ impl Transport for NetTransport {
 
     fn sever(&mut self, peer: NodeId) {
         self.node.sever(peer);
+    }
+
+    fn path(&self, peer: NodeId) -> Option<Path> {
+        self.node.path(peer)
     }
 
     fn set_waker(&mut self, waker: Waker) {

@@ -17,6 +17,7 @@ mod transport;
 pub use network::SimNetwork;
 pub use transport::SimTransport;
 
+use crate::net::lane::Path;
 use std::ops::RangeInclusive;
 
 /// How the network behaves. The default is a healthy network with some jitter.
@@ -52,6 +53,8 @@ pub struct SimConfig {
     pub frame_limit: usize,
     /// The longest frame, in bytes.
     pub frame_bytes: usize,
+    /// Which way writes are said to go: a node may choose by it when it writes.
+    pub path: Option<Path>,
 }
 
 impl Default for SimConfig {
@@ -73,6 +76,7 @@ impl Default for SimConfig {
             event_limit: 65_536,
             frame_limit: 1024,
             frame_bytes: tandem_proto::wire::MAX_FRAME_BYTES,
+            path: None,
         }
     }
 }

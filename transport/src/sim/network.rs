@@ -3,6 +3,7 @@
 use super::state::{Plane, State};
 use super::{SimConfig, SimTransport};
 use crate::control::{ControlEvent, Lane, SendError};
+use crate::net::lane::Path;
 use crate::transport::{Event, Held, SubmitError, Write};
 use crate::window::Windows;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -120,6 +121,10 @@ impl SimNetwork {
     /// connections break.
     pub fn stall(&self, node: NodeId, us: u64) {
         self.with(|state| state.stall(node, us));
+    }
+
+    pub(super) fn path(&self) -> Option<Path> {
+        self.with(|state| state.config().path)
     }
 
     pub(super) fn draw(&self) -> u64 {

@@ -237,6 +237,10 @@ impl State {
         self.nodes.insert(node, added).is_none()
     }
 
+    pub(super) fn config(&self) -> &SimConfig {
+        &self.config
+    }
+
     pub(super) fn now(&self) -> Time {
         self.now
     }

@@ -1,6 +1,7 @@
 //! One node's data plane in the simulated network.
 
 use super::network::SimNetwork;
+use crate::net::lane::Path;
 use crate::transport::{Event, RegionId, SubmitError, Transport, TransportError, Write};
 use crate::window::Windows;
 use std::net::SocketAddr;
@@ -71,6 +72,10 @@ impl Transport for SimTransport {
 
     fn sever(&mut self, peer: NodeId) {
         self.network.sever(self.node, peer);
+    }
+
+    fn path(&self, _peer: NodeId) -> Option<Path> {
+        self.network.path()
     }
 
     fn set_waker(&mut self, waker: Waker) {
