@@ -36,8 +36,8 @@ impl Default for CacheLimits {
             turn_bytes: 16 << 20,
             // A GPU has the next ones when it is done with some.
             under_way_bytes: 128 << 20,
-            // Of several steps.
-            saves: 64,
+            // Of the longest prompts. Whoever needs the pages takes them back.
+            saves: 1024,
         }
     }
 }
