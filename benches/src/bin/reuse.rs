@@ -9,6 +9,7 @@ use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::io::BufRead as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tandem_benches::one_process::{Load, OneProcess};
@@ -115,7 +116,7 @@ fn main() -> anyhow::Result<()> {
     for &workload in &options.workloads {
         let mut run = Run::start(workload, &options, &draw, &folder)?;
         workload.play(&options, &mut draw, &mut run)?;
-        run.report();
+        run.report()?;
         all.push((workload, run.asked));
     }
     if let Some(file) = &options.json {
@@ -216,7 +217,7 @@ impl Place {
         }
     }
 
-    /// As usage names it, and its place in [`TIERS`].
+    /// Its place in [`TIERS`].
     fn tier(self) -> usize {
         match self {
             Place::Dram => 1,
@@ -257,10 +258,11 @@ struct Asked {
 }
 
 impl Asked {
-    /// All that could be reused was, most of it from this place.
+    /// All that could be reused was, most of it from this place, and without a cache all was computed.
     fn is_hit(&self, at: usize, place: Place) -> bool {
         let kept = &self.kept[at];
-        kept.reused() == self.reusable && kept.reused[place.tier()] * 2 > self.reusable
+        let all = kept.reused() == self.reusable && self.computed.reused() == 0;
+        all && kept.reused[place.tier()] * 2 > self.reusable
     }
 }
 
@@ -376,7 +378,7 @@ impl<'a> Run<'a> {
         (known * self.chunk_tokens) as u64
     }
 
-    fn report(&self) {
+    fn report(&self) -> anyhow::Result<()> {
         let asked = &self.asked;
         let lengths = || asked.iter().map(|asked| asked.tokens);
         println!(
@@ -393,6 +395,10 @@ impl<'a> Run<'a> {
         for (at, &place) in self.options.places.iter().enumerate() {
             for which in Which::ALL {
                 let Times { prompts, off, here, ratio } = times(asked, at, place, which);
+                if prompts == 0 {
+                    println!("{:<7} {:<6} {prompts:>7} |", place.name(), which.name());
+                    continue;
+                }
                 println!(
                     "{:<7} {:<6} {prompts:>7} | {:>9.1} {:>9.1} | {:>9.1} {:>9.1} | {ratio:>8.3}",
                     place.name(),
@@ -405,14 +411,19 @@ impl<'a> Run<'a> {
             }
         }
         let reusable: u64 = asked.iter().map(|asked| asked.reusable).sum();
-        println!("{:<7} {:>9}   tokens reused, of {reusable} asked before", "place", "prompts/s");
+        println!(
+            "{:<7} {:>9} {:>10}   tokens reused, of {reusable} asked before",
+            "place", "prompts/s", "not stored"
+        );
         let names = ["off"].into_iter().chain(self.options.places.iter().map(|place| place.name()));
-        for (at, name) in names.enumerate() {
+        for ((at, name), cluster) in names.enumerate().zip([&self.off].into_iter().chain(&self.places)) {
             let Totals { prompts_per_s, reused } = totals(asked, at.checked_sub(1));
             let reused: Vec<_> =
                 TIERS.iter().zip(reused).map(|(tier, tokens)| format!("{tier} {tokens}")).collect();
-            println!("{name:<7} {prompts_per_s:>9.2}   {}", reused.join(", "));
+            let lost = not_stored(cluster)?;
+            println!("{name:<7} {prompts_per_s:>9.2} {lost:>10}   {}", reused.join(", "));
         }
+        Ok(())
     }
 }
 
@@ -578,21 +589,36 @@ fn ask(cluster: &Cluster, prompt: &[TokenId]) -> anyhow::Result<Answer> {
     Ok(Answer { ttft_ms: ms(first), whole_ms: ms(last), reused, text, logprobs })
 }
 
+/// What a prefill node shows of its cache.
+fn cache(cluster: &Cluster) -> anyhow::Result<Value> {
+    let (_, status) = cluster.node_page("prefill-0", "/status");
+    Ok(serde_json::from_str::<Value>(&status)?["cache"].take())
+}
+
+/// The sum of a number of each tier behind host memory.
+fn of_tiers(cache: &Value, number: &str) -> u64 {
+    cache["tiers"].as_array().into_iter().flatten().filter_map(|tier| tier[number].as_u64()).sum()
+}
+
 /// Waits until what was computed is stored, so that it takes no time from the next cluster's turn.
 fn wait_until_quiet(cluster: &Cluster) -> anyhow::Result<()> {
     let until = Instant::now() + QUIET;
     loop {
-        let (_, status) = cluster.node_page("prefill-0", "/status");
-        let status: Value = serde_json::from_str(&status)?;
-        let cache = &status["cache"];
-        let queued =
-            cache["tiers"].as_array().into_iter().flatten().filter_map(|tier| tier["queued"].as_u64());
-        if cache["saving_chunks"].as_u64().unwrap_or(0) + queued.sum::<u64>() == 0 {
+        let cache = cache(cluster)?;
+        if cache["saving_chunks"].as_u64().unwrap_or(0) + of_tiers(&cache, "queued") == 0 {
             return Ok(());
         }
         ensure!(Instant::now() < until, "chunks are not stored within {QUIET:?}: {cache}");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Chunks that some tier has not, for want of room or since it failed.
+fn not_stored(cluster: &Cluster) -> anyhow::Result<u64> {
+    let cache = cache(cluster)?;
+    let host: u64 =
+        cache["host"]["not_saved"].as_object().into_iter().flatten().filter_map(|(_, n)| n.as_u64()).sum();
+    Ok(host + of_tiers(&cache, "dropped") + of_tiers(&cache, "store_failed"))
 }
 
 fn tokens_of(cluster: &Cluster, text: &str) -> anyhow::Result<Vec<TokenId>> {
