@@ -99,6 +99,10 @@ const QUIET: Duration = Duration::from_secs(10);
 
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
+    ensure!(
+        options.svg.is_none() || options.workloads.contains(&Workload::MultiRoundChat),
+        "--svg draws multi-round-chat, which is not among --workloads"
+    );
     let mut draw = OneProcess::load(&Load {
         model: &options.model,
         format: LoadFormat::Files,
@@ -128,9 +132,11 @@ fn main() -> anyhow::Result<()> {
             .with_context(|| format!("{}", file.display()))?;
     }
     if let Some(file) = &options.svg {
-        let chats = all.iter().find(|(workload, _)| *workload == Workload::MultiRoundChat);
-        let (_, asked) = chats.context("--svg draws multi-round-chat, which is not among --workloads")?;
-        std::fs::write(file, draw_rounds(asked, &options)).with_context(|| format!("{}", file.display()))?;
+        let chats = all.iter().filter(|(workload, _)| *workload == Workload::MultiRoundChat);
+        for (_, asked) in chats {
+            std::fs::write(file, draw_rounds(asked, &options))
+                .with_context(|| format!("{}", file.display()))?;
+        }
     }
     Ok(())
 }
@@ -388,6 +394,11 @@ impl<'a> Run<'a> {
             lengths().min().unwrap_or(0),
             lengths().max().unwrap_or(0)
         );
+        if self.workload == Workload::Rag {
+            println!(
+                "only a prefix is reused: the system prompt, and documents that stood there in that order"
+            );
+        }
         println!(
             "{:<7} {:<6} {:>7} | {:>9} {:>9} | {:>9} {:>9} | {:>8}",
             "place", "which", "prompts", "off, ms", "p99", "TTFT, ms", "p99", "of off's"
