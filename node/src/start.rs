@@ -72,10 +72,12 @@ pub struct NodeOptions {
     /// Threads that compute. 0 takes as many as there are cores.
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Memory and speed")]
     pub threads: usize,
-    /// The way KV takes: auto picks the best that both nodes have, in the order cuda_ipc, shm, rdma, tls, quic, and
-    /// falls back when it fails; a name allows that one alone. cuda_ipc is between GPUs, or within one, of one user and
-    /// host; shm is memory shared between processes of one user and host; rdma is there in builds with that feature; tls
-    /// needs the data port open for TCP too. From and to GPUs all but cuda_ipc go by way of the hosts' memory.
+    /// The way KV takes: auto picks the best that both nodes have, in the order cuda_ipc, shm, nccl, rdma, tls, quic,
+    /// and falls back when it fails; a name allows that one alone. cuda_ipc is between GPUs, or within one, of
+    /// one user and host; shm is memory shared between processes of one user and host; nccl is between two GPUs
+    /// with libnccl.so.2 at both ends, and is not encrypted, so auto takes it over RDMA networks only; rdma is
+    /// there in builds with that feature, and not encrypted either; tls and nccl need the data port open for
+    /// TCP too. From and to GPUs all but cuda_ipc and nccl go by way of the hosts' memory.
     #[arg(long, value_name = "PATH", default_value = "auto", value_parser = paths, help_heading = "Memory and speed")]
     pub transport: Paths,
     /// RDMA devices for KV, by name and separated by commas: each must be there, and have a port that is up and has an

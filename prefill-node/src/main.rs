@@ -4,6 +4,7 @@ use anyhow::Context;
 use clap::Parser;
 use prefill_node::{Cache, CacheLimits, Limits, Node, Outbound};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tandem_engine::{Engine, ModelInfo};
 use tandem_kernels::{Kernels, Paged};
@@ -14,6 +15,7 @@ use tandem_kv_store::{HostPool, PoolConfig, Store, StoreConfig, StoreLimits};
 use tandem_node::{NodeLoop, NodeOptions, Parts, start};
 use tandem_process::units;
 use tandem_proto::wire::Role;
+use tandem_remote::{Remote, RemoteConfig, StoreUrl};
 
 /// Computes prompts and hands their KV to decode nodes, each layer as soon as it is computed.
 #[derive(Parser, Debug)]
@@ -43,7 +45,7 @@ struct Config {
     /// not used again soon after it came, so that prompts that never return wash nothing out.
     #[arg(long, value_name = "NAME", default_value = "lru", help_heading = "Cache")]
     cache_policy: PolicyKind,
-    /// How long a chunk is kept at most in each place. Without it, until room is needed.
+    /// How long a chunk is kept at most in host memory, and on disk. Without it, until room is needed.
     #[arg(long, value_name = "DURATION", value_parser = units::duration, help_heading = "Cache")]
     cache_ttl: Option<Duration>,
     /// A folder for chunks on disk, of this node alone: what host memory has no room for is found there, and after a
@@ -53,6 +55,12 @@ struct Config {
     /// What that folder may take, never more.
     #[arg(long, value_name = "SIZE", requires = "cache_disk", value_parser = units::bytes, help_heading = "Cache")]
     cache_disk_size: Option<usize>,
+    /// A store for chunks that nodes share: s3://bucket/prefix?endpoint=https://host:port&region=name, or
+    /// redis://user:password@host:port/database?prefix=name&ttl=seconds, or fs:///path for a folder that all of them reach.
+    /// Credentials that are not in it come from the environment, as the tools of those stores take them. Nothing bounds
+    /// what is kept there but the store itself.
+    #[arg(long, value_name = "URL", help_heading = "Cache")]
+    cache_remote: Option<StoreUrl>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -89,10 +97,10 @@ impl Config {
     fn cache<K: Kernels>(&self, model: &ModelInfo, kernels: &K, wake: Wake) -> anyhow::Result<Option<Cache>> {
         let bytes = self.cache_memory;
         if bytes == 0 {
-            let none = self.cache_disk.is_none();
+            let none = self.cache_disk.is_none() && self.cache_remote.is_none();
             anyhow::ensure!(
                 none,
-                "--cache-disk needs memory to load chunks to: say more than 0 for --cache-memory"
+                "--cache-disk and --cache-remote need memory to load chunks to: say more than 0 for --cache-memory"
             );
             return Ok(None);
         }
@@ -115,13 +123,20 @@ impl Config {
 
     /// What is behind host memory, the fastest first.
     fn tiers(&self, wake: Wake) -> anyhow::Result<Vec<Box<dyn Tier>>> {
-        let (Some(dir), Some(size)) = (&self.cache_disk, self.cache_disk_size) else { return Ok(Vec::new()) };
-        let disk = DiskConfig {
-            policy: self.cache_policy,
-            ttl: self.cache_ttl,
-            ..DiskConfig::new(dir, size as u64)
-        };
-        let disk = DiskTier::open(&disk, wake).context("--cache-disk")?;
-        Ok(vec![Box::new(disk)])
+        let mut tiers: Vec<Box<dyn Tier>> = Vec::new();
+        if let (Some(dir), Some(size)) = (&self.cache_disk, self.cache_disk_size) {
+            let disk = DiskConfig {
+                policy: self.cache_policy,
+                ttl: self.cache_ttl,
+                ..DiskConfig::new(dir, size as u64)
+            };
+            tiers.push(Box::new(DiskTier::open(&disk, Arc::clone(&wake)).context("--cache-disk")?));
+        }
+        if let Some(url) = &self.cache_remote {
+            let remote = Remote::open(RemoteConfig::new(url.clone()), wake).context("--cache-remote")?;
+            tracing::info!(store = %url, "caching in a remote store");
+            tiers.push(Box::new(remote));
+        }
+        Ok(tiers)
     }
 }

@@ -51,11 +51,19 @@ impl Folder {
         Folder(dir)
     }
 
-    fn options(&self) -> ClusterOptions {
+    /// Nodes that keep chunks there, as their disk.
+    fn as_disk(&self) -> ClusterOptions {
         let mut options = options();
         let dir = self.0.display().to_string();
         options.prefill_on.node_flags.extend(["--cache-disk".into(), dir]);
         options.prefill_on.node_flags.extend(["--cache-disk-size", "1GiB"].map(String::from));
+        options
+    }
+
+    /// Nodes that keep chunks there, as a store that all share.
+    fn as_remote(&self) -> ClusterOptions {
+        let mut options = options();
+        options.prefill_on.node_flags.extend(["--cache-remote".into(), format!("fs://{}", self.0.display())]);
         options
     }
 }
@@ -67,22 +75,30 @@ impl Drop for Folder {
     }
 }
 
-#[test]
-fn a_restarted_node_reads_what_the_one_before_it_wrote() {
-    let folder = Folder::new("restart");
-    let options = folder.options();
+/// A node computes prompts and goes; the one after it has nothing to compute, and finds chunks in `tier`.
+fn check(options: &ClusterOptions, tier: &str) {
     let prompts = prompts(PROMPTS, MAX_PROMPT);
-    let mut cluster = Cluster::start(&options);
+    let mut cluster = Cluster::start(options);
     let cold = ask(&cluster, &prompts, 1);
     assert_computes_the_same(&options.model, &prompts, &cold);
     assert!(cluster.process("prefill-0").terminate(Duration::from_secs(60)), "it drains");
     drop(cluster);
-    let cluster = Cluster::start(&options);
+    let cluster = Cluster::start(options);
     let warm = ask(&cluster, &prompts, 1);
     assert_computes_the_same(&options.model, &prompts, &warm);
-    let from_disk = assert_all_reused(&prompts, &warm, "disk");
-    assert!(from_disk > 0);
-    println!("{from_disk} tokens came back from disk");
+    let from_tier = assert_all_reused(&prompts, &warm, tier);
+    assert!(from_tier > 0);
+    println!("{from_tier} tokens came back from {tier}");
+}
+
+#[test]
+fn a_restarted_node_finds_what_is_on_disk() {
+    check(&Folder::new("disk").as_disk(), "disk");
+}
+
+#[test]
+fn a_node_finds_what_another_stored() {
+    check(&Folder::new("remote").as_remote(), "remote");
 }
 
 /// Flips a bit in every 16 KiB of a file.
@@ -97,7 +113,7 @@ fn damage(file: &Path) {
 #[test]
 fn what_is_damaged_on_disk_is_computed() {
     let folder = Folder::new("damaged");
-    let options = folder.options();
+    let options = folder.as_disk();
     let prompts = prompts(6, MAX_PROMPT);
     let mut cluster = Cluster::start(&options);
     let cold = ask(&cluster, &prompts, 1);

@@ -95,6 +95,10 @@ pub enum BindError {
     #[cfg(feature = "rdma")]
     #[error("RDMA was asked for and cannot be used: {0}")]
     Rdma(String),
+    /// NCCL was asked for as the only path, and cannot be had.
+    #[cfg(feature = "cuda")]
+    #[error("NCCL was asked for and cannot be used: {0}")]
+    Nccl(String),
     /// A thread cannot be started.
     #[error("cannot start a transport thread: {0}")]
     Thread(#[source] io::Error),

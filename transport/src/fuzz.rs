@@ -1,7 +1,7 @@
 //! Every decoder of what peers send, for fuzzing: none may panic, or take memory that did not come in.
 
 use crate::handshake::{Choice, Hello, Offers};
-use crate::{net, shm, tls};
+use crate::{nccl, net, shm, tls};
 
 /// Decoders that belong together.
 pub struct Decoders {
@@ -27,6 +27,7 @@ pub const DECODERS: &[Decoders] = &[
     Decoders { name: "writes", decode: net::header::fuzz, samples: net::header::samples },
     Decoders { name: "shm", decode: shm::fuzz, samples: shm::samples },
     Decoders { name: "tls", decode: tls::fuzz, samples: tls::samples },
+    Decoders { name: "nccl", decode: nccl::fuzz, samples: nccl::samples },
     #[cfg(feature = "rdma")]
     Decoders { name: "rdma", decode: crate::rdma::fuzz, samples: crate::rdma::samples },
 ];

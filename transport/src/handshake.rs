@@ -9,7 +9,7 @@
 
 use crate::identity::node_id;
 use crate::net::lane::{Generation, Path};
-use crate::{shm, tls};
+use crate::{nccl, shm, tls};
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
 use tandem_proto::ids::NodeId;
@@ -140,6 +140,7 @@ pub(crate) struct Offers {
     pub(crate) secret: [u8; 32],
     pub(crate) cuda_ipc: Option<shm::GpuOffer>,
     pub(crate) shm: Option<shm::Offer>,
+    pub(crate) nccl: Option<nccl::Offer>,
     pub(crate) tls: Option<tls::Offer>,
     /// Queue pairs, as `rdma::Offer` encodes them; empty if there are devices and none can be used now. The dialler
     /// answers with its own, or nothing.
@@ -151,9 +152,10 @@ impl Offers {
         let mut out = self.secret.to_vec();
         let cuda_ipc = self.cuda_ipc.as_ref().map(|offer| (Path::CudaIpc, offer.encode()));
         let shm = self.shm.as_ref().map(|offer| (Path::Shm, offer.encode()));
+        let nccl = self.nccl.as_ref().map(|offer| (Path::Nccl, offer.encode()));
         let tls = self.tls.as_ref().map(|offer| (Path::Tls, offer.encode()));
         let rdma = self.rdma.as_ref().map(|offer| (Path::Rdma, offer.clone()));
-        for (path, bytes) in [cuda_ipc, shm, tls, rdma].into_iter().flatten() {
+        for (path, bytes) in [cuda_ipc, shm, nccl, tls, rdma].into_iter().flatten() {
             out.push(path.code());
             out.extend_from_slice(&(bytes.len() as u16).to_le_bytes());
             out.extend_from_slice(&bytes);
@@ -164,13 +166,15 @@ impl Offers {
     /// Offers of paths that are not known here are passed over. None if the bytes are no offers.
     fn decode(bytes: &[u8]) -> Option<Offers> {
         let (secret, mut rest) = bytes.split_first_chunk()?;
-        let mut offers = Offers { secret: *secret, cuda_ipc: None, shm: None, tls: None, rdma: None };
+        let mut offers =
+            Offers { secret: *secret, cuda_ipc: None, shm: None, nccl: None, tls: None, rdma: None };
         while let Some((&code, after)) = rest.split_first() {
             let (len, after) = after.split_first_chunk()?;
             let (offer, after) = after.split_at_checked(u16::from_le_bytes(*len).into())?;
             match Path::of_code(code) {
                 Some(Path::CudaIpc) => offers.cuda_ipc = Some(shm::GpuOffer::decode(offer)?),
                 Some(Path::Shm) => offers.shm = Some(shm::Offer::decode(offer)?),
+                Some(Path::Nccl) => offers.nccl = Some(nccl::Offer::decode(offer)?),
                 Some(Path::Tls) => offers.tls = Some(tls::Offer::decode(offer)?),
                 Some(Path::Rdma) => offers.rdma = Some(offer.to_vec()),
                 Some(Path::Quic) | None => {}
@@ -190,7 +194,9 @@ impl Offers {
         let shm = shm::Offer { host: [7; 16], name: b"tandem-1".to_vec() };
         let cuda_ipc = Some(shm::GpuOffer { socket: shm.clone(), gpu: [5; 16] });
         let tls = Some(tls::Offer { port: 4711, connections: 3 });
-        Offers { secret: [3; 32], cuda_ipc, shm: Some(shm), tls, rdma: Some(vec![1; 58]) }.encode()
+        let nccl = nccl::Offer { port: 5, host: [7; 16], gpu: [5; 16], version: 6, rdma: true, named: false };
+        let (shm, nccl, rdma) = (Some(shm), Some(nccl), Some(vec![1; 58]));
+        Offers { secret: [3; 32], cuda_ipc, shm, nccl, tls, rdma }.encode()
     }
 }
 
@@ -430,13 +436,14 @@ mod tests {
         let gpu = shm::GpuOffer { socket: shm.clone(), gpu: [5; 16] };
         let tls = tls::Offer { port: 4711, connections: 3 };
         let rdma = vec![1, 2, 3];
+        let nccl = nccl::Offer { port: 5, host: [7; 16], gpu: [5; 16], version: 6, rdma: false, named: true };
         let all = [
-            (None, None, Some(tls), None),
-            (Some(gpu.clone()), Some(shm.clone()), None, Some(rdma.clone())),
-            (Some(gpu), Some(shm), Some(tls), Some(rdma)),
+            (None, None, None, Some(tls), None),
+            (Some(gpu.clone()), Some(shm.clone()), Some(nccl), None, Some(rdma.clone())),
+            (Some(gpu), Some(shm), Some(nccl), Some(tls), Some(rdma)),
         ];
-        for (cuda_ipc, shm, tls, rdma) in all {
-            let offers = Offers { secret: [3; 32], cuda_ipc, shm, tls, rdma };
+        for (cuda_ipc, shm, nccl, tls, rdma) in all {
+            let offers = Offers { secret: [3; 32], cuda_ipc, shm, nccl, tls, rdma };
             assert_eq!(Offers::decode(&offers.encode()), Some(offers.clone()));
             // Of a later build.
             let more = [offers.encode(), vec![200, 2, 0, 1, 1]].concat();

@@ -24,6 +24,7 @@ mod handshake;
 mod hostile;
 mod identity;
 mod lent;
+mod nccl;
 mod net;
 mod quic;
 #[cfg(feature = "rdma")]

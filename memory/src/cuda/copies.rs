@@ -14,7 +14,7 @@ pub struct Copies {
     unmarked: AtomicU64,
 }
 
-/// A point in the order of [`Copies`].
+/// A point in the order of [`Copies`], or of a stream.
 pub struct Mark {
     device: Arc<Device>,
     events: Vec<CudaEvent>,
@@ -64,6 +64,14 @@ impl Copies {
         from.read(&self.streams[0], out)
     }
 
+    /// Copies from the host, after what was started before; returns when the bytes are there.
+    ///
+    /// # Errors
+    /// When `bytes` has another length, or the GPU fails.
+    pub fn write(&self, to: &DeviceExtent, bytes: &[u8]) -> Result<(), CudaError> {
+        to.write(&self.streams[0], bytes)
+    }
+
     /// Names everything that was started since the last mark.
     ///
     /// # Errors
@@ -98,6 +106,24 @@ impl Copies {
 }
 
 impl Mark {
+    /// Names everything that a stream of this GPU was given so far.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn on(device: &Arc<Device>, stream: &CudaStream) -> Result<Mark, CudaError> {
+        let event = device.said("mark its work", stream.record_event(None))?;
+        Ok(Mark { device: Arc::clone(device), events: vec![event] })
+    }
+
+    /// Has what a stream is given from now on come after it.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn precede(&self, stream: &CudaStream) -> Result<(), CudaError> {
+        let wait = self.events.iter().try_for_each(|event| stream.wait(event));
+        self.device.said("order its work", wait)
+    }
+
     /// Whether all of it is over.
     ///
     /// # Errors

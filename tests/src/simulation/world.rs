@@ -116,7 +116,7 @@ struct Actor {
 
 enum Kind {
     Prefill(Box<prefill_node::Node<ChainEngine, SimKernels>>),
-    Decode(decode_node::Node<ChainEngine, SimKernels>),
+    Decode(Box<decode_node::Node<ChainEngine, SimKernels>>),
 }
 
 struct World {
@@ -252,7 +252,7 @@ impl World {
             )
             .expect("memory");
             let limits = decode_node::Limits { max_requests: 64, max_batch: self.rng.between(2, 9) as usize };
-            Kind::Decode(decode_node::Node::new(engine, kv, inbound, limits))
+            Kind::Decode(Box::new(decode_node::Node::new(engine, kv, inbound, limits)))
         };
         let now = self.network.now();
         self.actors

@@ -16,6 +16,9 @@ pub enum Path {
     CudaIpc,
     /// Shared memory of one host: one copy.
     Shm,
+    /// NCCL between GPUs, over what it finds between them: not encrypted. Needs a build with feature `cuda`,
+    /// and memory on GPUs and NCCL at both ends.
+    Nccl,
     /// RDMA verbs, over InfiniBand or RoCE: no copy, not encrypted. Needs a build with feature `rdma`.
     Rdma,
     /// TLS 1.3 over TCP: encrypted too, for a fraction of what QUIC costs a processor. For a LAN.
@@ -26,7 +29,7 @@ pub enum Path {
 
 impl Path {
     /// All, best first.
-    pub const ALL: [Path; 5] = [Path::CudaIpc, Path::Shm, Path::Rdma, Path::Tls, Path::Quic];
+    pub const ALL: [Path; 6] = [Path::CudaIpc, Path::Shm, Path::Nccl, Path::Rdma, Path::Tls, Path::Quic];
 
     /// As it is called in options, logs and metrics.
     #[must_use]
@@ -35,6 +38,7 @@ impl Path {
             Path::CudaIpc => "cuda_ipc",
             Path::Shm => "shm",
             Path::Tls => "tls",
+            Path::Nccl => "nccl",
             Path::Rdma => "rdma",
             Path::Quic => "quic",
         }
@@ -46,6 +50,7 @@ impl Path {
             Path::CudaIpc => 5,
             Path::Shm => 1,
             Path::Tls => 3,
+            Path::Nccl => 6,
             Path::Rdma => 2,
             Path::Quic => 4,
         }

@@ -203,8 +203,9 @@ impl Life {
         true
     }
 
-    pub(crate) fn lanes_being_made(&self) -> usize {
-        self.state().making.as_ref().map_or(0, |making| making.lanes.len())
+    pub(crate) fn lanes_being_made(&self, path: Path) -> usize {
+        let of_path = |making: &Making| making.lanes.iter().filter(|lane| lane.path() == path).count();
+        self.state().making.as_ref().map_or(0, of_path)
     }
 
     /// No more lanes are made; returns those that were, to be closed.

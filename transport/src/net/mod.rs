@@ -2,8 +2,9 @@
 //!
 //! A pair of nodes has one *life* at a time: several QUIC connections, which authenticate, notice the dead and
 //! carry writes between any two hosts ([`crate::quic`]), and beside them faster *lanes* where there are some
-//! ([`crate::shm`], [`crate::tls`]). [`lane`] is the seam. A lane that fails is left, and what it had not
-//! delivered goes by QUIC: nothing is lost, nothing lands twice. While the life goes on it is made anew.
+//! ([`crate::shm`], [`crate::tls`], [`crate::nccl`]). [`lane`] is the seam. A lane that fails is left, and what
+//! it had not delivered goes by QUIC: nothing is lost, nothing lands twice. While the life goes on it is made
+//! anew.
 //!
 //! Threads of its own do the work, those of QUIC each with a socket and a single-threaded runtime; the node
 //! loop only touches queues.
@@ -249,7 +250,9 @@ impl NetTransport {
                 None
             }
         });
-        let tls = config.paths.contains(&Path::Tls).then(|| tls::Listener::new(addr, identity));
+        // NCCL's lanes say over it what else there is to say.
+        let over_tls = [Path::Tls, Path::Nccl].iter().any(|path| config.paths.contains(path));
+        let tls = over_tls.then(|| tls::Listener::new(addr, identity));
         let tls = tls.and_then(|listener| match listener {
             Ok(listener) => Some(listener),
             Err(error) => {

@@ -18,7 +18,7 @@ use crate::rng::Rng;
 use crate::transport::{Event, FailReason, Held, RegionId, SeverReason, SubmitError, TransportError, Write};
 use crate::twin::Fetches;
 use crate::window::Windows;
-use crate::{shm, tls};
+use crate::{nccl, shm, tls};
 use quinn::Connection;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -42,6 +42,9 @@ const MAX_REMEMBERED: usize = 4096;
 /// How long a peer whose life has ended is still told of, so that what was counted last is seen, and how many such.
 const TOLD_FOR: Duration = Duration::from_secs(300);
 const MAX_TOLD: usize = 64;
+/// How long stopping waits for communicators to end.
+#[cfg(feature = "cuda")]
+const LAST_WORK: Duration = Duration::from_secs(2);
 /// The answerer of a life has so many times as long as connecting may take to make its part of new lanes.
 const REMAKING: u32 = 3;
 
@@ -72,6 +75,9 @@ pub(crate) struct Node {
     /// The RDMA devices of this host; none if there are none.
     #[cfg(feature = "rdma")]
     rdma: Option<Arc<Rdma>>,
+    /// What lanes over NCCL need; none if they cannot be had.
+    #[cfg(feature = "cuda")]
+    nccl: Option<nccl::Here>,
     /// Writes that wait for bytes from a GPU.
     pub(crate) fetches: Fetches,
     /// Threads of lanes, and the one that takes them.
@@ -207,6 +213,26 @@ impl From<tls::TlsError> for NoLane {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl From<nccl::Error> for NoLane {
+    fn from(error: nccl::Error) -> NoLane {
+        NoLane { may_pass: error.may_pass(), why: error.to_string() }
+    }
+}
+
+/// NCCL, if it is wanted and to be had. Says why it is not; as the only path it must be there.
+#[cfg(feature = "cuda")]
+fn nccl(config: &NetConfig) -> Result<Option<nccl::Here>, BindError> {
+    match nccl::Here::open(config) {
+        Ok(here) => Ok(here),
+        Err(error) if config.paths != [Path::Nccl] => {
+            tracing::info!(%error, "no NCCL");
+            Ok(None)
+        }
+        Err(error) => Err(BindError::Nccl(error.to_string())),
+    }
+}
+
 /// Makes queue pairs, or waits for what they say, on a thread that may wait.
 #[cfg(feature = "rdma")]
 async fn blocking<T: Send + 'static>(
@@ -254,6 +280,8 @@ impl Node {
             tls,
             #[cfg(feature = "rdma")]
             rdma: rdma_devices(&config)?,
+            #[cfg(feature = "cuda")]
+            nccl: nccl(&config)?,
             config,
             fetches: Fetches::default(),
             threads: Mutex::default(),
@@ -287,6 +315,10 @@ impl Node {
         for thread in std::mem::take(&mut *lock(&self.threads)) {
             // A panic there has been reported by the panic hook.
             let _ = thread.join();
+        }
+        #[cfg(feature = "cuda")]
+        if self.nccl.is_some() {
+            nccl::until_ended(LAST_WORK);
         }
     }
 
@@ -356,6 +388,19 @@ impl Node {
         #[cfg(feature = "cuda")]
         if let (Some(gpu), Some(listener)) = (self.gpu(), &self.shm) {
             return Some(shm::GpuOffer { socket: listener.offer(), gpu: gpu.id() });
+        }
+        None
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn nccl(&self) -> Option<&nccl::Here> {
+        self.nccl.as_ref()
+    }
+
+    fn nccl_offer(&self) -> Option<nccl::Offer> {
+        #[cfg(feature = "cuda")]
+        if let (Some(here), Some(listener)) = (&self.nccl, &self.tls) {
+            return Some(here.offer(listener.port()));
         }
         None
     }
@@ -749,6 +794,9 @@ impl Node {
         if made.path.is_none() && wanted(Path::Shm) {
             made.note(Path::Shm, self.make_shm(life, offers).await.map_err(NoLane::from));
         }
+        if made.path.is_none() && wanted(Path::Nccl) {
+            made.note(Path::Nccl, self.make_nccl(life, offers, way).await);
+        }
         let rdma_offer = offers.rdma.as_deref();
         if made.path.is_none() && wanted(Path::Rdma) {
             made.note(Path::Rdma, self.make_rdma(life, &offers.secret, rdma_offer, exchange).await?);
@@ -922,6 +970,23 @@ impl Node {
         made.map_err(|_| shm::Error::Gone)?
     }
 
+    #[cfg(feature = "cuda")]
+    async fn make_nccl(self: &Arc<Self>, life: &Arc<Life>, offers: &Offers, way: &Way) -> Result<(), NoLane> {
+        let offer = offers.nccl.ok_or(nccl::Error::NotOffered)?;
+        let (node, life, secret) = (Arc::clone(self), Arc::clone(life), offers.secret);
+        let addr = way.to(offer.port);
+        // It has a deadline of its own, but on a thread that may wait.
+        let dialling = tokio::task::spawn_blocking(move || nccl::dial(&node, &life, addr, &offer, &secret));
+        Ok(dialling.await.unwrap_or(Err(nccl::Error::Gone))?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    async fn make_nccl(&self, _life: &Arc<Life>, offers: &Offers, _way: &Way) -> Result<(), NoLane> {
+        let why =
+            if offers.nccl.is_some() { "not in this build (feature cuda)" } else { "the peer offers none" };
+        Err(NoLane { why: why.into(), may_pass: false })
+    }
+
     /// All of its connections, or none that count.
     async fn make_tls(
         self: &Arc<Self>,
@@ -1021,6 +1086,7 @@ impl Node {
         let wanted = |path| self.config.paths.contains(&path);
         let cuda_ipc = self.gpu_offer().filter(|_| wanted(Path::CudaIpc));
         let shm = self.shm.as_ref().filter(|_| wanted(Path::Shm)).map(|listener| listener.offer());
+        let nccl = self.nccl_offer();
         let tls = self.tls.as_ref().filter(|_| wanted(Path::Tls));
         let tls = tls.map(|listener| listener.offer(self.config.tls_connections));
         #[cfg(feature = "rdma")]
@@ -1028,7 +1094,7 @@ impl Node {
             match blocking(move || Offered::new(&rdma)).await {
                 Ok(offered) => {
                     let rdma = Some(offered.offer());
-                    exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma }).await?;
+                    exchange.offer(&Offers { secret, cuda_ipc, shm, nccl, tls, rdma }).await?;
                     let answer = exchange.rdma_answer().await?;
                     if !answer.is_empty() {
                         let (peer, life, within) = (life.peer, Arc::clone(life), 2 * self.greeting());
@@ -1043,13 +1109,14 @@ impl Node {
                 Err(error) => {
                     tracing::warn!(peer = %life.peer, error, "no RDMA lane");
                     // There may be one later.
-                    exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma: Some(Vec::new()) }).await?;
+                    let rdma = Some(Vec::new());
+                    exchange.offer(&Offers { secret, cuda_ipc, shm, nccl, tls, rdma }).await?;
                     exchange.rdma_answer().await?;
                     return Ok(());
                 }
             }
         }
-        exchange.offer(&Offers { secret, cuda_ipc, shm, tls, rdma: None }).await
+        exchange.offer(&Offers { secret, cuda_ipc, shm, nccl, tls, rdma: None }).await
     }
 
     #[cfg(feature = "cuda")]

@@ -224,7 +224,7 @@ impl Listener {
 }
 
 /// Names this host as long as it runs.
-fn host() -> Result<[u8; 16], Error> {
+pub(crate) fn host() -> Result<[u8; 16], Error> {
     let path = "/proc/sys/kernel/random/boot_id";
     let text = std::fs::read_to_string(path).map_err(|e| Error::System(format!("{path}: {e}")))?;
     let digits: Vec<u8> = text.bytes().filter(u8::is_ascii_hexdigit).collect();

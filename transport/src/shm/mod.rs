@@ -23,6 +23,8 @@ use crate::net::node::Node;
 use crate::window::Landing;
 #[cfg(feature = "cuda")]
 use gpu::{Gpu, Progress};
+#[cfg(feature = "cuda")]
+pub(crate) use handover::host;
 pub(crate) use handover::{GpuOffer, Listener, Offer};
 use handover::{Message, PATIENCE, Received, Socket};
 use ring::{Consumer, Ends, Garbled, JOB_WORDS, Producer, SHARED_BYTES, Sign};

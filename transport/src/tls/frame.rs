@@ -27,6 +27,8 @@ const STOP: u8 = 3;
 const CUT: u8 = 4;
 const HELLO: u8 = 5;
 const WELCOME: u8 = 6;
+const CHANNEL: u8 = 7;
+const MESSAGE: u8 = 8;
 
 /// How many of a write's bytes its body has. The others, at least one of them, travel with its header.
 pub(super) fn body_of(len: u64) -> u64 {
@@ -59,6 +61,10 @@ pub(super) enum Frame<'a> {
     Hello(Hello),
     /// The answerer's first frame: it is taken.
     Welcome,
+    /// In place of [`Frame::Hello`]: the connection carries messages of a lane of another kind.
+    Channel(Hello),
+    /// One of those.
+    Message(&'a [u8]),
 }
 
 /// Names the session that a connection belongs to.
@@ -106,11 +112,15 @@ impl Frame<'_> {
             }
             STOP => Frame::Stop(u64::from_le_bytes(take(&mut rest)?)),
             CUT => Frame::Cut(u64::from_le_bytes(take(&mut rest)?)),
-            HELLO => Frame::Hello(Hello {
-                node: NodeId(u64::from_le_bytes(take(&mut rest)?)),
-                life: u64::from_le_bytes(take(&mut rest)?),
-                secret: take(&mut rest)?,
-            }),
+            HELLO | CHANNEL => {
+                let hello = Hello {
+                    node: NodeId(u64::from_le_bytes(take(&mut rest)?)),
+                    life: u64::from_le_bytes(take(&mut rest)?),
+                    secret: take(&mut rest)?,
+                };
+                if *kind == HELLO { Frame::Hello(hello) } else { Frame::Channel(hello) }
+            }
+            MESSAGE => Frame::Message(std::mem::take(&mut rest)),
             WELCOME => Frame::Welcome,
             _ => return None,
         };
@@ -137,13 +147,18 @@ impl Frame<'_> {
                 out.push(CUT);
                 out.extend_from_slice(&sequence.to_le_bytes());
             }
-            Frame::Hello(Hello { node, life, secret }) => {
-                out.push(HELLO);
+            Frame::Hello(hello) | Frame::Channel(hello) => {
+                let Hello { node, life, secret } = hello;
+                out.push(if matches!(self, Frame::Hello(_)) { HELLO } else { CHANNEL });
                 out.extend_from_slice(&node.0.to_le_bytes());
                 out.extend_from_slice(&life.to_le_bytes());
                 out.extend_from_slice(secret);
             }
             Frame::Welcome => out.push(WELCOME),
+            Frame::Message(message) => {
+                out.push(MESSAGE);
+                out.extend_from_slice(message);
+            }
         }
     }
 }
@@ -177,8 +192,10 @@ pub(super) fn samples() -> Vec<Vec<u8>> {
         bytes
     });
     let hello = Hello { node: NodeId(1), life: 2, secret: [4; SECRET_BYTES] };
+    let channel = Frame::Channel(hello.clone());
     let others = [Frame::Acks(&acks), Frame::Stop(9), Frame::Cut(10), Frame::Hello(hello), Frame::Welcome];
-    let others = others.iter().map(|frame| {
+    let others = others.into_iter().chain([channel, Frame::Message(&[11; 3])]);
+    let others = others.map(|frame| {
         let mut bytes = Vec::new();
         frame.encode(&mut bytes);
         bytes
@@ -226,8 +243,9 @@ mod tests {
             Frame::Acks(&acks),
             Frame::Stop(9),
             Frame::Cut(10),
-            Frame::Hello(hello),
+            Frame::Hello(hello.clone()),
             Frame::Welcome,
+            Frame::Channel(hello),
         ] {
             let mut bytes = Vec::new();
             frame.encode(&mut bytes);
@@ -237,6 +255,7 @@ mod tests {
             bytes.truncate(bytes.len() - 2);
             assert_eq!(Frame::decode(&bytes), None);
         }
+        assert_eq!(Frame::decode(&[MESSAGE, 1, 2]), Some(Frame::Message(&[1, 2])));
         assert_eq!(Frame::decode(&[]), None);
         assert_eq!(Frame::decode(&[99]), None);
     }

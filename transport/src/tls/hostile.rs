@@ -108,7 +108,7 @@ fn writes_to_what_was_not_granted_are_refused_one_by_one() {
 #[test]
 fn records_that_break_a_rule_end_their_lane_alone() {
     type Breaks = fn(&mut Lane);
-    let cases: [(&str, Breaks); 12] = [
+    let cases: [(&str, Breaks); 13] = [
         ("a frame that is none", |lane| {
             lane.put(&[99, 1, 2]);
             lane.say(&[]);
@@ -118,6 +118,7 @@ fn records_that_break_a_rule_end_their_lane_alone() {
             lane.say(&[]);
         }),
         ("introduced itself again", |lane| lane.say(&[Frame::Welcome])),
+        ("another kind of lane", |lane| lane.say(&[Frame::Message(&[1, 2])])),
         ("cannot have received", |lane| {
             lane.say(&[Frame::Acks(&Ack { sequence: 7, landed: true }.encode())]);
         }),
@@ -174,6 +175,21 @@ fn who_does_not_know_the_secret_makes_no_lane() {
         log.expect(&["TLS connection refused", "session was over"]);
     }
     log.expect(&["TLS connection refused"]);
+    victim.check_unharmed();
+    victim.stop();
+}
+
+#[test]
+fn a_channel_for_lanes_that_are_not_there_is_refused() {
+    let (log, mut victim) = (Log::begin(), Victim::new(tls_alone()));
+    let hostile = Hostile::new(&HOSTILE);
+    let session = hostile.meet(victim.addr());
+    let mut joined = connect(&victim, &session);
+    let deadline = Deadline::after(WITHIN);
+    let hello = Hello { node: HOSTILE.node(), life: session.life, secret: session.offers.secret };
+    say(&joined.socket, &mut joined.outgoing, &Frame::Channel(hello), deadline).unwrap();
+    assert!(joined.hear(deadline, |_| Some(())).is_err());
+    log.expect(&[if cfg!(feature = "cuda") { "NCCL lane refused" } else { "not in this build" }]);
     victim.check_unharmed();
     victim.stop();
 }

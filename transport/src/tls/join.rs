@@ -1,6 +1,8 @@
 //! How connections come to belong to a life: the dialler of the life dials them too, and shows the secret that
 //! the answerer told it on the session.
 
+#[cfg(feature = "cuda")]
+use super::channel::Channel;
 use super::frame::{Frame, Hello};
 use super::handshake::{Deadline, Secured, Tls};
 use super::incoming::Incoming;
@@ -8,8 +10,10 @@ use super::lane::TlsLane;
 use super::outgoing::Outgoing;
 use super::{MAX_CONNECTIONS, TlsError};
 use crate::identity::Identity;
+#[cfg(feature = "cuda")]
+use crate::nccl;
 use crate::net::handshakes::Handshakes;
-use crate::net::lane::Lane;
+use crate::net::lane::{Lane, Path};
 use crate::net::life::Life;
 use crate::net::node::Node;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -106,7 +110,7 @@ pub(crate) fn dial(node: &Node, life: &Life, addr: SocketAddr, secret: &[u8; 32]
 pub(crate) struct Listener {
     socket: TcpListener,
     port: u16,
-    tls: Tls,
+    pub(super) tls: Tls,
     handshakes: Arc<Handshakes>,
 }
 
@@ -125,6 +129,11 @@ impl Listener {
 
     pub(crate) fn offer(&self, connections: usize) -> Offer {
         Offer { port: self.port, connections: connections.min(MAX_CONNECTIONS) as u16 }
+    }
+
+    #[cfg(feature = "cuda")]
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     pub(crate) fn stop(&self) {
@@ -174,12 +183,21 @@ pub(crate) fn accept(node: &Arc<Node>) {
 fn admit(node: &Node, tls: &Tls, socket: TcpStream) -> Result<(), TlsError> {
     let deadline = Deadline::after(node.config.connect_timeout);
     let mut joined = Joined::new(tls.answer(socket, deadline)?);
-    let hello = joined.hear(deadline, |frame| match frame {
-        Frame::Hello(hello) => Some(hello),
+    let (hello, is_channel) = joined.hear(deadline, |frame| match frame {
+        Frame::Hello(hello) => Some((hello, false)),
+        Frame::Channel(hello) => Some((hello, true)),
         _ => None,
     })?;
     let (life, id) = node.life_of_lane(hello.node, hello.life, &hello.secret).ok_or(TlsError::Gone)?;
-    if life.lanes_being_made() >= MAX_CONNECTIONS {
+    if is_channel {
+        #[cfg(feature = "cuda")]
+        nccl::admit(node, &life, id, Channel::new(joined));
+        #[cfg(feature = "cuda")]
+        return Ok(());
+        #[cfg(not(feature = "cuda"))]
+        return Err(TlsError::Rule("it wants a lane that is not in this build (feature cuda)"));
+    }
+    if life.lanes_being_made(Path::Tls) >= MAX_CONNECTIONS {
         return Err(TlsError::Rule("it makes more connections than there may be"));
     }
     let lane = TlsLane::new(id, joined)?;

@@ -8,6 +8,8 @@
 //! [`record`] seals and opens, [`frame`] says what the records hold, [`join`] makes connections of a life,
 //! and [`lane`] is such a connection at work, on its threads [`send`] and [`receive`].
 
+#[cfg(feature = "cuda")]
+mod channel;
 mod frame;
 mod handshake;
 #[cfg(test)]
@@ -20,6 +22,8 @@ mod receive;
 mod record;
 mod send;
 
+#[cfg(feature = "cuda")]
+pub(crate) use channel::Channel;
 pub(crate) use join::{Listener, Offer, accept, dial};
 
 use rustls::AlertDescription;
@@ -32,6 +36,10 @@ const PROTOCOL: &[u8] = b"tandem-lane/1";
 
 /// The most connections between two nodes.
 pub(crate) const MAX_CONNECTIONS: usize = 16;
+
+/// The most bytes of a message on a connection that carries those of another lane: one record has them.
+#[cfg(feature = "cuda")]
+pub(crate) const MAX_MESSAGE: usize = record::MAX_CONTENT - 1;
 
 /// The most threads for a direction of a connection: what they do has two steps.
 pub(crate) const MAX_TURNS: usize = 2;

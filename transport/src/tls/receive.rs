@@ -178,7 +178,12 @@ impl Opened {
                 Some(_) => Err(TlsError::Rule("it cut a write short that was wanted")),
                 None => Err(TlsError::Rule("it cut a write short that it had sent")),
             },
-            Frame::Hello(_) | Frame::Welcome => Err(TlsError::Rule("it introduced itself again")),
+            Frame::Hello(_) | Frame::Channel(_) | Frame::Welcome => {
+                Err(TlsError::Rule("it introduced itself again"))
+            }
+            Frame::Message(_) => {
+                Err(TlsError::Rule("it sent a message that belongs to another kind of lane"))
+            }
         }
     }
 

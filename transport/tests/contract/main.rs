@@ -22,6 +22,8 @@ contract!(rdma_two_devices, crate::net::RdmaTwo);
 #[cfg(feature = "cuda")]
 contract!(cuda_ipc, crate::net::CudaIpc);
 #[cfg(feature = "cuda")]
+contract!(cuda_nccl, crate::net::Nccl);
+#[cfg(feature = "cuda")]
 contract!(cuda_shm, crate::net::ShmTwins);
 #[cfg(feature = "cuda")]
 contract!(cuda_tls, crate::net::TlsTwins);

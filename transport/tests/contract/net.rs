@@ -27,6 +27,8 @@ pub(crate) type RdmaTwo = Loopback<RdmaFirst<2>>;
 #[cfg(feature = "cuda")]
 pub(crate) type CudaIpc = Loopback<Twins<CudaIpcAlone>>;
 #[cfg(feature = "cuda")]
+pub(crate) type Nccl = Loopback<Twins<NcclFirst>>;
+#[cfg(feature = "cuda")]
 pub(crate) type ShmTwins = Loopback<Twins<ShmAlone>>;
 #[cfg(feature = "cuda")]
 pub(crate) type TlsTwins = Loopback<Twins<TlsThenQuic>>;
@@ -37,8 +39,8 @@ pub(crate) type Best = Loopback<Defaults>;
 pub(crate) trait Shape {
     fn config() -> NetConfig;
 
-    /// The path that all writes must take, until it fails.
-    fn must_take() -> Option<Path> {
+    /// The path that all writes between so many nodes must take, until it fails.
+    fn must_take(_nodes: usize) -> Option<Path> {
         None
     }
 
@@ -73,6 +75,38 @@ impl Shape for CudaIpcAlone {
     }
 }
 
+/// With TLS for nodes that share a GPU, where NCCL has room for one.
+#[cfg(feature = "cuda")]
+pub(crate) struct NcclFirst;
+#[cfg(feature = "cuda")]
+impl Shape for NcclFirst {
+    fn config() -> NetConfig {
+        NetConfig { paths: vec![Path::Nccl, Path::Tls], ..NetConfig::default() }
+    }
+
+    fn must_take(nodes: usize) -> Option<Path> {
+        (nodes <= gpus().as_ref().map_or(0, Vec::len)).then_some(Path::Nccl)
+    }
+
+    /// Making communicators takes NCCL a while.
+    fn of_node(_node: usize, config: NetConfig) -> NetConfig {
+        NetConfig { connect_timeout: Duration::from_secs(12), ..config }
+    }
+
+    fn missing() -> Option<String> {
+        match gpus() {
+            Err(missing) => Some(missing.clone()),
+            Ok(gpus) if gpus.len() < 2 => Some("NCCL is between two GPUs, and here is one".into()),
+            Ok(_) => {
+                let config =
+                    NetConfig { paths: vec![Path::Nccl], gpu: Some(Arc::clone(gpu(0))), ..Self::config() };
+                let bound = NetTransport::bind((Ipv4Addr::LOCALHOST, 0).into(), members::member(0), config);
+                bound.err().map(|error| error.to_string())
+            }
+        }
+    }
+}
+
 /// With memory on GPUs, those that there are by turns.
 #[cfg(feature = "cuda")]
 pub(crate) struct Twins<S>(PhantomData<S>);
@@ -82,8 +116,9 @@ impl<S: Shape> Shape for Twins<S> {
         S::config()
     }
 
-    fn must_take() -> Option<Path> {
-        S::config().paths.first().copied()
+    fn must_take(nodes: usize) -> Option<Path> {
+        let paths = S::config().paths;
+        if paths[0] == Path::Nccl { S::must_take(nodes) } else { Some(paths[0]) }
     }
 
     fn of_node(node: usize, config: NetConfig) -> NetConfig {
@@ -91,7 +126,7 @@ impl<S: Shape> Shape for Twins<S> {
     }
 
     fn missing() -> Option<String> {
-        gpus().as_ref().err().cloned()
+        gpus().as_ref().err().cloned().or_else(S::missing)
     }
 
     fn memory(node: usize, len: usize) -> Arc<HostRegion> {
@@ -159,7 +194,7 @@ impl<const DEVICES: usize> Shape for RdmaFirst<DEVICES> {
         NetConfig { paths: vec![Path::Rdma, Path::Quic], ..NetConfig::default() }
     }
 
-    fn must_take() -> Option<Path> {
+    fn must_take(_nodes: usize) -> Option<Path> {
         std::env::var_os("RDMA_VM").map(|_| Path::Rdma)
     }
 
@@ -244,7 +279,9 @@ impl<S: Shape> Cluster for Loopback<S> {
 impl<S: Shape> Loopback<S> {
     /// What went another way than it must, went there because that had failed.
     fn check_path(&self, node: usize) {
-        let (Some(must), Some(transport)) = (S::must_take(), &self.nodes[node]) else { return };
+        let (Some(must), Some(transport)) = (S::must_take(self.nodes.len()), &self.nodes[node]) else {
+            return;
+        };
         let paths = transport.metrics().paths;
         let carried = |path: Path| paths[path as usize].writes_sent + paths[path as usize].writes_landed;
         let others: u64 = Path::ALL.into_iter().filter(|path| *path != must).map(carried).sum();

@@ -52,6 +52,8 @@ faults!(over_sim, crate::sim::Simulated, kill 1000, cut 1000, fill 1000, cancel 
 faults!(over_shm, crate::net::Shm, kill 12, cut 2, fill 6, cancel 12);
 #[cfg(feature = "cuda")]
 faults!(over_cuda_ipc, crate::net::CudaIpc, kill 8, cut 2, fill 6, cancel 8);
+#[cfg(feature = "cuda")]
+faults!(over_nccl, crate::net::Nccl, kill 8, cut 2, fill 6, cancel 8);
 faults!(over_tls, crate::net::Tls, kill 12, cut 2, fill 6, cancel 12);
 faults!(over_quic, crate::net::Quic, kill 4, cut 2, fill 6, cancel 12);
 faults!(over_the_best, crate::net::Best, kill 4, cut 2, fill 6, cancel 12);

@@ -4,7 +4,11 @@
 
 use crate::end::End;
 use crate::fault::Stage;
+#[cfg(feature = "cuda")]
+use crate::members::member;
 use crate::process::Process;
+#[cfg(feature = "cuda")]
+use crate::relay::LOOPBACK;
 use crate::relay::Relay;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
@@ -13,11 +17,15 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 #[cfg(feature = "cuda")]
 use tandem_memory::cuda::Device;
-use tandem_transport::{Identity, Path};
+use tandem_transport::{Event, Identity, Path};
+#[cfg(feature = "cuda")]
+use tandem_transport::{NetConfig, NetTransport};
 
 pub(crate) type Shm = Real<ShmAlone>;
 #[cfg(feature = "cuda")]
 pub(crate) type CudaIpc = Real<GpusAlone>;
+#[cfg(feature = "cuda")]
+pub(crate) type Nccl = Real<NcclAlone>;
 pub(crate) type Tls = Real<TlsAlone>;
 pub(crate) type Quic = Real<QuicAlone>;
 pub(crate) type Best = Real<All>;
@@ -39,6 +47,13 @@ pub(crate) struct GpusAlone;
 #[cfg(feature = "cuda")]
 impl Paths for GpusAlone {
     const PATHS: &'static [Path] = &[Path::CudaIpc];
+}
+
+#[cfg(feature = "cuda")]
+pub(crate) struct NcclAlone;
+#[cfg(feature = "cuda")]
+impl Paths for NcclAlone {
+    const PATHS: &'static [Path] = &[Path::Nccl];
 }
 
 pub(crate) struct TlsAlone;
@@ -73,8 +88,17 @@ impl<P: Paths> Stage for Real<P> {
 
     #[cfg(feature = "cuda")]
     fn missing() -> Option<String> {
-        let error = Device::open(0).err().filter(|_| P::PATHS == [Path::CudaIpc]);
-        error.map(|error| error.to_string())
+        let gpus = match P::PATHS {
+            [Path::CudaIpc] => 1,
+            [Path::Nccl] => 2,
+            _ => return None,
+        };
+        if let Err(error) = Device::open(gpus - 1) {
+            return Some(error.to_string());
+        }
+        let config =
+            NetConfig { paths: P::PATHS.to_vec(), gpu: Device::open(0).ok(), ..NetConfig::default() };
+        NetTransport::bind(LOOPBACK, member(0), config).err().map(|error| error.to_string())
     }
 
     fn start(seed: u64) -> Real<P> {
@@ -82,7 +106,9 @@ impl<P: Paths> Stage for Real<P> {
         Identity::load_or_create(&dir).unwrap();
         let ends = [0, 1].map(|end| Process::start(end, P::PATHS, &dir));
         let relays = [0, 1].map(|end| Relay::start(ends[end].address));
-        Real { dir, ends, relays, dark: false, began: Instant::now(), paths: PhantomData }
+        let mut real = Real { dir, ends, relays, dark: false, began: Instant::now(), paths: PhantomData };
+        real.warm_up();
+        real
     }
 
     fn end(&mut self, end: usize) -> &mut dyn End {
@@ -101,6 +127,7 @@ impl<P: Paths> Stage for Real<P> {
         self.ends[end] = Process::start(end, P::PATHS, &self.dir);
         self.relays[end] = Relay::start(self.ends[end].address);
         self.set_dark(self.dark);
+        self.warm_up();
     }
 
     fn set_dark(&mut self, dark: bool) {
@@ -115,6 +142,38 @@ impl<P: Paths> Stage for Real<P> {
     fn wait(&mut self) {
         // Only tests wait like this: they watch several nodes at once, and time between them.
         std::thread::sleep(Duration::from_micros(200));
+    }
+}
+
+impl<P: Paths> Real<P> {
+    /// NCCL keeps what it opens at its first use in a process: here, before anybody counts.
+    fn warm_up(&mut self) {
+        if P::PATHS != [Path::Nccl] {
+            return;
+        }
+        let (ids, addr) = ([0, 1].map(|end| self.ends[end].id()), self.address(1));
+        self.ends[0].connect(ids[1], addr);
+        let until = |real: &mut Self, is_it: fn(&Event) -> bool| {
+            let (began, mut seen) = (Instant::now(), [false; 2]);
+            while seen != [true; 2] {
+                assert!(began.elapsed() < Duration::from_secs(20), "NCCL does not warm up: {seen:?}");
+                for (end, seen) in real.ends.iter_mut().zip(&mut seen) {
+                    *seen |= end.poll().iter().any(is_it);
+                }
+            }
+        };
+        until(self, |event| matches!(event, Event::Connected { .. }));
+        self.ends[0].sever(ids[1]);
+        until(self, |event| matches!(event, Event::Severed { .. }));
+        let holdings = |real: &mut Self| [0, 1].map(|end| real.ends[end].holdings());
+        let (mut before, mut since) = (holdings(self), Instant::now());
+        while since.elapsed() < Duration::from_millis(500) {
+            std::thread::sleep(Duration::from_millis(20));
+            let now = holdings(self);
+            if now != before {
+                (before, since) = (now, Instant::now());
+            }
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 use tandem_memory::HostRegion;
 #[cfg(feature = "cuda")]
 use tandem_memory::cuda::{Device, DeviceRegion};
@@ -225,7 +226,7 @@ fn process_holdings() -> [usize; 3] {
     let mappings = maps.lines().filter(|line| line.contains("memfd:tandem")).count();
     let of_lane = |task: std::io::Result<std::fs::DirEntry>| {
         let name = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
-        let of_lane = name.starts_with("shm-") || name.starts_with("tls-");
+        let of_lane = ["shm-", "tls-", "nccl-"].iter().any(|kind| name.starts_with(kind));
         (of_lane && !name.trim_end().ends_with("-accept")).then_some(())
     };
     let threads = std::fs::read_dir("/proc/self/task").unwrap().filter_map(of_lane).count();
@@ -245,6 +246,8 @@ fn an_end() {
         paths: paths.split(',').map(|path| path.parse().unwrap()).collect(),
         write_limit: WRITE_LIMIT,
         event_limit: EVENT_LIMIT,
+        // NCCL needs a while, for the first time in a process above all.
+        connect_timeout: Duration::from_secs(if paths == Path::Nccl.name() { 12 } else { 3 }),
         ..NetConfig::default()
     };
     let transport = NetTransport::bind(LOOPBACK, &identity, config).unwrap();
@@ -267,7 +270,7 @@ fn an_end() {
 #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "all of it is the host's"))]
 fn memory(end: usize, paths: &str) -> Arc<HostRegion> {
     #[cfg(feature = "cuda")]
-    if paths == Path::CudaIpc.name() {
+    if [Path::CudaIpc, Path::Nccl].iter().any(|path| paths == path.name()) {
         let gpu = Device::open(end % Device::count().unwrap()).unwrap();
         return HostRegion::with_twin(&gpu, REGION).unwrap();
     }

@@ -45,6 +45,7 @@ use way::Way;
     after_help = "Ways:\n  \
     shm, rdma, tls, quic-MTU  our paths\n  \
     cuda_ipc                  ours, between GPUs 0 and 1, or in one where there is no second (feature cuda)\n  \
+    nccl                      ours, between GPUs 0 and 1, over what NCCL finds there (feature cuda)\n  \
     p2p                       limit: copies between these by a copy engine, in one process\n  \
     memcpy                    limit: a copy by one core\n  \
     cma                       limit: process_vm_writev, one copy by the kernel, nobody is told\n  \

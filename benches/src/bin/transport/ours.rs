@@ -20,6 +20,8 @@ pub(crate) fn config(path: Path, tuning: Tuning, connections: usize) -> NetConfi
     match path {
         Path::Quic => NetConfig { threads: connections, connections, ..config },
         Path::Tls => NetConfig { tls_connections: connections, ..config },
+        // Communicators take NCCL a while, for the first time in a process above all.
+        Path::Nccl => NetConfig { connect_timeout: Duration::from_secs(12), ..config },
         Path::CudaIpc | Path::Shm | Path::Rdma => config,
     }
 }

@@ -45,7 +45,7 @@ impl Way {
     /// Whether messages lie in the memory of GPUs.
     #[cfg(feature = "cuda")]
     pub(crate) fn is_on_gpus(&self) -> bool {
-        matches!(self.kind, Kind::P2p | Kind::Ours { path: Path::CudaIpc, .. })
+        matches!(self.kind, Kind::P2p | Kind::Ours { path: Path::CudaIpc | Path::Nccl, .. })
     }
 
     /// Whether the process where a message lands is told.
@@ -63,7 +63,7 @@ impl Way {
         match self.kind {
             Kind::Memcpy | Kind::P2p | Kind::Aes | Kind::Tcp => &[],
             Kind::Cma => &["memcpy"],
-            Kind::Ours { path: Path::CudaIpc, .. } => &["p2p"],
+            Kind::Ours { path: Path::CudaIpc | Path::Nccl, .. } => &["p2p"],
             Kind::Ours { path: Path::Shm, .. } => &["memcpy", "cma", "nixl", "mooncake"],
             Kind::Ours { .. } => &["tcp", "aes-128-gcm", "nixl-tcp", "mooncake"],
             Kind::Quinn { .. } | Kind::Mooncake | Kind::Nixl { tcp: true } => &["tcp"],
