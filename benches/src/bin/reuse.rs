@@ -37,10 +37,10 @@ struct Options {
     )]
     workloads: Vec<Workload>,
     /// Where KV is kept, each beside a cluster with its cache off.
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "dram,disk")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "dram,disk,remote")]
     places: Vec<Place>,
     /// Users of a chat; documents, of long-doc-qa and in rag's library.
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(4..=1000))]
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u16).range(4..=1000))]
     users: u16,
     /// Rounds of each chat; how often each document is asked about; rag and random ask users × rounds prompts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..=1000))]
