@@ -2,7 +2,8 @@
 //! its own there.
 //!
 //! Each test runs itself again inside the machine, and compares the answers that come out with what one process
-//! computes outside, where that is fast. They take a minute each, and nodes with feature `rdma`: `scripts/check rdma`
+//! computes outside, where that is fast. They take a minute each, or many where the machine is emulated slowly, and
+//! nodes with feature `rdma`: `scripts/check rdma`
 //! builds those and runs them. Where no such machine is to be had they say so and pass.
 
 use serde_json::Value;
@@ -51,7 +52,7 @@ fn in_a_machine(test: &str, prompts: &[Vec<TokenId>], inside: impl FnOnce(Cluste
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/rdma-vm");
     let output = Command::new(&script)
-        .args(["--hosts", "2", "--timeout", "500", "--"])
+        .args(["--hosts", "2", "--timeout", "1800", "--"])
         .arg(std::env::current_exe().expect("a running program has a path"))
         .args(["--exact", test, "--ignored", "--nocapture"])
         .output()
