@@ -1,7 +1,7 @@
 //! The host pool: slots of one chunk each, in one region of host memory. It is the first tier, and the place where
 //! chunks of slower ones land.
 
-use crate::policy::{EntryId, Policy, PolicyKind};
+use crate::policy::{self, EntryId, Policy, PolicyKind};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use tandem_memory::{Extent, HostRegion, RegionError};
@@ -284,7 +284,7 @@ impl HostPool {
         *state = State::Published(Chunk { header, tenant, holders: 0, pinned, since: now, expires, from });
         self.published += 1;
         self.expiry.extend(expires.map(|at| (at, slot)));
-        let name = u64::from_le_bytes(*key.0.first_chunk().expect("a key has 32 bytes"));
+        let name = policy::name(&key);
         self.for_policies(tenant, |policy| policy.insert(slot, name));
         if pinned {
             self.for_policies(tenant, |policy| policy.shield(slot, true));

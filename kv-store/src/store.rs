@@ -132,7 +132,7 @@ impl Store {
     pub fn new(mut config: StoreConfig, pool: HostPool, tiers: Vec<Box<dyn Tier>>) -> Store {
         let chunk_bytes = config.shape.packed_bytes(config.shape.chunk_tokens);
         assert_eq!(pool.slot_bytes(), chunk_bytes, "a slot of the pool must hold one chunk");
-        // Whatever tiers do, half of the pool is free of them.
+        // Whatever calls of tiers take, half of the pool is free of them.
         let share = (pool.slots() / (4 * tiers.len().max(1))).max(1);
         config.limits.loads = config.limits.loads.clamp(1, share);
         config.limits.stores = config.limits.stores.max(1);
@@ -244,7 +244,7 @@ impl Store {
         self.pool.abandon(reserved.slot);
     }
 
-    /// A prompt's chunks were used, or stored: when room is needed, its last ones go first. [`Store::hold`] says so by
+    /// A prompt's chunks were used: when room is needed, its last ones go first. [`Store::hold`] says so by
     /// itself.
     pub fn touch(&mut self, keys: &[ChunkKey]) {
         self.pool.touch(keys);
@@ -314,6 +314,12 @@ impl Store {
     #[must_use]
     pub fn prefetches(&self) -> usize {
         self.jobs.len()
+    }
+
+    /// Chunks that wait for tiers to store them, or are being stored.
+    #[must_use]
+    pub fn queued(&self) -> usize {
+        self.backings.iter().map(Backing::queued).sum()
     }
 
     /// The pool.

@@ -72,7 +72,7 @@ pub struct CacheShown {
     pub dropped_queue: u64,
     /// Chunks not saved since somebody needed their pages.
     pub dropped_pages: u64,
-    /// Chunks that kernels refused to move.
+    /// Chunks not saved since kernels refused to pack them.
     pub failed: u64,
 }
 

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use tandem_kernels::{Kernels, PackError, Ticket};
+use tandem_kv_store::tier::disk;
 use tandem_kv_store::{Held, Latency, PagePool, Reserved, Store, Tenant};
 use tandem_memory::Extent;
 use tandem_node::{CacheShown, Conversions};
@@ -212,8 +213,7 @@ impl Cache {
 
     /// Chunks that are being packed or wait for it, and those that slower tiers are to store.
     pub(crate) fn saving(&self) -> usize {
-        let queued: u64 = self.store.stats().tiers.iter().map(|tier| tier.queued).sum();
-        self.saves.len() + queued as usize
+        self.saves.len() + self.store.queued()
     }
 
     /// Everything that is not over: what a node at rest has none of.
@@ -288,10 +288,8 @@ impl Cache {
             let held = chunk.held.as_ref().expect("it is held until all of it was begun");
             let part = held.header().layer(layer);
             let packed = held.extent().part(part).expect("a slot holds all layers");
-            let per_chunk = self.shape.pages(self.shape.chunk_tokens) as usize;
-            let first = (load.first.0 as usize + at) * per_chunk;
-            let pages = &load.pages[first..first + per_chunk];
-            let tokens = self.shape.chunk_tokens;
+            let (place, tokens) = (ChunkIdx(load.first.0 + at as u32), self.shape.chunk_tokens);
+            let pages = &load.pages[self.shape.chunk_pages(place, (place.0 + 1) * tokens)];
             let of = Work::Cache(Moving::Load { load: id, chunk: at, layer });
             let begun = kernels.begin(of, |kernels, ticket| {
                 begin_to_scatter(kernels, ticket, kv, layer, pages, tokens, &packed)
@@ -311,7 +309,6 @@ impl Cache {
                 }
                 Err((_, error)) => {
                     tracing::warn!(key = ?held.key(), %layer, %error, "a stored chunk cannot be brought to pages");
-                    self.failed += 1;
                     load.cut = true;
                     self.settle(now, id);
                 }
@@ -352,6 +349,7 @@ impl Cache {
                 Err((_, error)) => {
                     tracing::warn!(key = ?save.reserved.key(), %layer, %error, "a chunk cannot be packed");
                     save.failed = true;
+                    self.failed += 1;
                     self.to_save.pop_front();
                     self.end_save(now, id);
                 }
@@ -465,7 +463,7 @@ impl Cache {
     /// Gives up saves that have not begun, for somebody who needs their pages.
     pub(crate) fn give_up_saves(&mut self, now: Time) {
         let waiting: Vec<SaveId> = self.waiting_saves().map(|(id, _)| id).collect();
-        self.to_save.retain(|save| !waiting.contains(save));
+        self.to_save.retain(|id| self.saves[id].begun > 0);
         self.dropped_pages += waiting.len() as u64;
         for id in &waiting {
             self.saves.get_mut(id).expect("it waits").failed = true;
@@ -523,7 +521,7 @@ impl Cache {
 pub(crate) fn count(cached: &mut CachedTokens, from: Option<&'static str>, tokens: u32) {
     *match from {
         None => &mut cached.host,
-        Some("disk") => &mut cached.disk,
+        Some(disk::NAME) => &mut cached.disk,
         Some(_) => &mut cached.remote,
     } += tokens;
 }

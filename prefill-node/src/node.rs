@@ -10,8 +10,8 @@ use tandem_engine::{Engine, Progress, Sequence};
 use tandem_kernels::{Kernels, Paged};
 use tandem_kv_store::PagePool;
 use tandem_node::{Board, CacheShown, Next, ReusedTokens, Shown};
-use tandem_proto::ids::{ChoiceIdx, ChunkIdx, LayerIdx, PageId, RequestId, Time};
-use tandem_proto::keys::{ChunkKey, chunk_keys};
+use tandem_proto::ids::{ChoiceIdx, ChunkIdx, PageId, RequestId, Time};
+use tandem_proto::keys::chunk_keys;
 use tandem_proto::wire::{CachedTokens, FirstTokens, Load, Message, RequestError, Sampled};
 use tracing::field::display;
 
@@ -170,7 +170,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     /// Whether nothing is to be done, or to be put away.
     fn is_idle(&self) -> bool {
         let saving = self.outbound.cache.as_ref().map_or(0, Cache::saving);
-        self.running.is_empty() && self.waiting.is_empty() && saving == 0
+        self.running.is_empty() && self.waiting.is_empty() && self.parked.is_empty() && saving == 0
     }
 
     fn take_arrivals(&mut self) {
@@ -241,18 +241,12 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
 
     /// Has slower tiers bring what they have of a prompt, beyond what is in pages.
     fn prefetch(&mut self, prompt: &mut Prompt) {
-        let keys = self.reusable(prompt);
+        let keys = prompt.reusable(self.engine.info().kv.chunk_tokens);
         let rest = &keys[self.pool.prefix(keys)..];
         if let Some(cache) = &mut self.outbound.cache {
             let tenant = Cache::tenant(&prompt.salt);
             prompt.awaits = cache.prefetch(self.outbound.clock.now(), tenant, rest);
         }
-    }
-
-    /// The chunks of a prompt that need not be computed. The last token always is: its logits choose the first one.
-    fn reusable<'p>(&self, prompt: &'p Prompt) -> &'p [ChunkKey] {
-        let chunk_tokens = self.engine.info().kv.chunk_tokens;
-        &prompt.keys[..((prompt.tokens.len() as u32 - 1) / chunk_tokens) as usize]
     }
 
     /// Prompts to which nothing is on its way any more need not wait.
@@ -263,7 +257,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
         }
         let chunk_tokens = self.engine.info().kv.chunk_tokens;
         for prompt in self.waiting.iter_mut().filter(|prompt| prompt.awaits.is_some()) {
-            let keys = &prompt.keys[..((prompt.tokens.len() as u32 - 1) / chunk_tokens) as usize];
+            let keys = prompt.reusable(chunk_tokens);
             if !cache.is_coming(&keys[self.pool.prefix(keys)..]) {
                 prompt.awaits = None;
             }
@@ -273,7 +267,6 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     /// Takes note of chunks that came from the store.
     fn take_loaded(&mut self) {
         let kv = self.engine.info().kv;
-        let per_chunk = (kv.chunk_tokens / kv.page_tokens) as usize;
         while let Some(arrived) = self.outbound.loaded.pop_front() {
             match arrived {
                 Arrived::Chunk { load, request, chunk, from } => {
@@ -281,9 +274,8 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
                     else {
                         continue;
                     };
-                    let at = chunk.0 as usize;
-                    let pages = &running.pages[at * per_chunk..(at + 1) * per_chunk];
-                    self.pool.publish(running.prompt.keys[at], pages);
+                    let pages = &running.pages[kv.chunk_pages(chunk, running.prompt.tokens.len() as u32)];
+                    self.pool.publish(running.prompt.keys[chunk.0 as usize], pages);
                     running.computed += kv.chunk_tokens;
                     cache::count(&mut running.cached, from, kv.chunk_tokens);
                 }
@@ -358,7 +350,7 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
     fn start(&mut self, prompt: Box<Prompt>) -> Result<(), Box<Prompt>> {
         let kv = self.engine.info().kv;
         let tokens = prompt.tokens.len() as u32;
-        let keys = self.reusable(&prompt);
+        let keys = prompt.reusable(kv.chunk_tokens);
         let mut pages = self.pool.match_prefix(keys);
         let in_pages = pages.len() as u32 * kv.page_tokens;
         let Some(fresh) = self.take(kv.pages(tokens) as usize - pages.len()) else {
@@ -482,25 +474,22 @@ impl<E: Engine, K: Kernels<Pages = E::Pages>> Node<E, K> {
                 running.unsaid.get_or_insert(share.start);
             } else if let Some(from) = running.unsaid.take() {
                 for chunk in from / kv.chunk_tokens..share.start / kv.chunk_tokens {
-                    for layer in (0..kv.layers).map(LayerIdx) {
-                        self.outbound.ready(share.request, ChunkIdx(chunk), layer);
-                    }
+                    self.outbound.chunk_ready(share.request, ChunkIdx(chunk));
                 }
             }
         }
     }
 
     fn computed(&mut self, share: &Share, logits: Option<&[f32]>) {
-        let chunk_tokens = self.engine.info().kv.chunk_tokens;
+        let kv = self.engine.info().kv;
         let Some(running) = self.running.get_mut(&share.request) else {
             return;
         };
         running.computed = share.end;
         let tenant = Cache::tenant(&running.prompt.salt);
-        let per_chunk = (chunk_tokens / self.engine.info().kv.page_tokens) as usize;
-        for chunk in (share.start / chunk_tokens) as usize..(share.end / chunk_tokens) as usize {
-            let pages = &running.pages[chunk * per_chunk..(chunk + 1) * per_chunk];
-            let key = running.prompt.keys[chunk];
+        for chunk in share.start / kv.chunk_tokens..share.end / kv.chunk_tokens {
+            let pages = &running.pages[kv.chunk_pages(ChunkIdx(chunk), share.end)];
+            let key = running.prompt.keys[chunk as usize];
             self.pool.publish(key, pages);
             if let Some(cache) = &mut self.outbound.cache
                 && cache.save(self.outbound.clock.now(), key, tenant, pages)

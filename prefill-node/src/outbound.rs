@@ -201,9 +201,7 @@ impl<K: Kernels> Outbound<K> {
         while let Some(arrived) = cache.arrived.pop_front() {
             if let Arrived::Chunk { request, chunk, .. } = arrived {
                 // Its handoff need not wait for the node's loop.
-                for layer in 0..self.shape.layers {
-                    self.sender.ready(request, chunk, LayerIdx(layer));
-                }
+                chunk_ready(&mut self.sender, request, chunk, self.shape.layers);
             }
             self.loaded.push_back(arrived);
         }
@@ -281,9 +279,7 @@ impl<K: Kernels> Outbound<K> {
         self.handovers.insert(request, Handover { pages, begun, layers, landed: 0, bytes: 0 });
         self.sender.begin(request, to, tokens, prompt.deadline);
         for chunk in 0..cached / self.shape.chunk_tokens {
-            for layer in 0..self.shape.layers {
-                self.sender.ready(prompt.request, ChunkIdx(chunk), LayerIdx(layer));
-            }
+            self.chunk_ready(request, ChunkIdx(chunk));
         }
     }
 
@@ -295,6 +291,11 @@ impl<K: Kernels> Outbound<K> {
     /// A layer of a chunk is in the pages.
     pub(crate) fn ready(&mut self, request: RequestId, chunk: ChunkIdx, layer: LayerIdx) {
         self.sender.ready(request, chunk, layer);
+    }
+
+    /// All layers of a chunk are in the pages.
+    pub(crate) fn chunk_ready(&mut self, request: RequestId, chunk: ChunkIdx) {
+        chunk_ready(&mut self.sender, request, chunk, self.shape.layers);
     }
 
     /// The first tokens are known: tells the decode node when all KV is there.
@@ -559,6 +560,12 @@ impl<K: Kernels> Outbound<K> {
         self.staging.free.push(slot);
         self.sender.not_sent(self.clock.now(), request, why);
         self.act();
+    }
+}
+
+fn chunk_ready(sender: &mut Sender, request: RequestId, chunk: ChunkIdx, layers: u32) {
+    for layer in (0..layers).map(LayerIdx) {
+        sender.ready(request, chunk, layer);
     }
 }
 

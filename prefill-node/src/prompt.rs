@@ -35,4 +35,9 @@ impl Prompt {
             awaits: None,
         }
     }
+
+    /// The chunks that need not be computed. The last token always is: its logits choose the first one.
+    pub(crate) fn reusable(&self, chunk_tokens: u32) -> &[ChunkKey] {
+        &self.keys[..((self.tokens.len() as u32 - 1) / chunk_tokens) as usize]
+    }
 }

@@ -16,6 +16,7 @@ use std::task::{Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 use tandem_benches::kv::{CHUNK_TOKENS, Gpu, Shape, fill};
+use tandem_benches::median;
 use tandem_kernels::Order;
 use tandem_kernels::cuda::{Chunk, DevicePages, Place, Plan, Share};
 use tandem_memory::HostRegion;
@@ -511,11 +512,6 @@ fn measure(options: &Options, dir: &FilePath) -> anyhow::Result<()> {
         );
     }
     Ok(())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 /// A copy between the same GPUs by a copy engine, in this process.

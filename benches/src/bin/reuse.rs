@@ -18,6 +18,7 @@ use tandem_benches::{cpu_model, median};
 use tandem_engine::LoadFormat;
 use tandem_node::Device;
 use tandem_proto::ids::TokenId;
+use tandem_proto::keys::{ChunkKey, Fingerprint, chunk_keys};
 use tandem_tests::processes::{Cluster, ClusterOptions};
 
 /// Measures what the storage-mode cache saves, on CPUs. Build the nodes first:
@@ -276,11 +277,12 @@ impl Asked {
 struct Run<'a> {
     workload: Workload,
     options: &'a Options,
-    chunk_tokens: usize,
+    fingerprint: Fingerprint,
+    chunk_tokens: u32,
     off: Cluster,
     places: Vec<Cluster>,
     /// Whole chunks that prompts began with.
-    seen: HashSet<Vec<TokenId>>,
+    seen: HashSet<ChunkKey>,
     asked: Vec<Asked>,
 }
 
@@ -324,9 +326,16 @@ impl<'a> Run<'a> {
             }
         };
         let (off, places) = (start(&["--cache-memory", "0"]), options.places.iter().map(place).collect());
-        let chunk_tokens = kv.chunk_tokens as usize;
-        let run =
-            Run { workload, options, chunk_tokens, off, places, seen: HashSet::new(), asked: Vec::new() };
+        let run = Run {
+            workload,
+            options,
+            fingerprint: model.info().fingerprint,
+            chunk_tokens: kv.chunk_tokens,
+            off,
+            places,
+            seen: HashSet::new(),
+            asked: Vec::new(),
+        };
         // Whatever is set up when it is first used is set up now.
         let short = vec![TokenId(7); QUESTION_TOKENS];
         for cluster in run.places.iter().chain([&run.off]) {
@@ -376,12 +385,11 @@ impl<'a> Run<'a> {
 
     /// Tokens of the whole chunks that an earlier prompt began with too. The last token is always computed.
     fn reusable(&mut self, prompt: &[TokenId]) -> u64 {
-        let chunks = (prompt.len() - 1) / self.chunk_tokens;
-        let prefix = |chunks: usize| &prompt[..chunks * self.chunk_tokens];
-        let known = (1..=chunks).take_while(|chunks| self.seen.contains(prefix(*chunks))).count();
-        let whole = prompt.len() / self.chunk_tokens;
-        self.seen.extend((1..=whole).map(|chunks| prefix(chunks).to_vec()));
-        (known * self.chunk_tokens) as u64
+        let keys = chunk_keys(self.fingerprint, &[], self.chunk_tokens, prompt);
+        let most = (prompt.len() - 1) / self.chunk_tokens as usize;
+        let known = keys.iter().take(most).take_while(|key| self.seen.contains(*key)).count();
+        self.seen.extend(keys);
+        known as u64 * u64::from(self.chunk_tokens)
     }
 
     fn report(&self) -> anyhow::Result<()> {

@@ -13,7 +13,7 @@ use std::process::Command;
 use std::time::Instant;
 use tandem_benches::one_process::{Load, OneProcess};
 use tandem_benches::plot::{self, Line, Picture};
-use tandem_benches::{ask, cpu_model, running_cluster};
+use tandem_benches::{ask, cpu_model, median, running_cluster};
 use tandem_engine::LoadFormat;
 use tandem_node::Device;
 use tandem_tests::processes::{Cluster, ClusterOptions};
@@ -215,9 +215,7 @@ impl Figures {
 
     fn median(&self, name: &str) -> Option<f64> {
         let (_, values) = self.0.iter().find(|(known, _)| known == name)?;
-        let mut sorted = values.clone();
-        sorted.sort_by(f64::total_cmp);
-        Some(sorted[sorted.len() / 2])
+        Some(median(values.clone()))
     }
 }
 

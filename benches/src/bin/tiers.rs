@@ -12,6 +12,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::thread::Thread;
 use std::time::{Duration, Instant};
+use tandem_benches::median;
 use tandem_kv_store::tier::disk::{DiskConfig, DiskIo, DiskTier};
 use tandem_kv_store::tier::{Outcome, Ticket, Tier};
 use tandem_memory::{Extent, HostRegion};
@@ -67,8 +68,9 @@ fn main() -> anyhow::Result<()> {
         let measured = measure(&options, &dir, kib);
         std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         let rounds = measured?;
-        let gb = |column: usize| median(rounds.iter().map(|round| round[column] / 1e9));
-        let ratio = |ours: usize, fio: usize| median(rounds.iter().map(|round| round[ours] / round[fio]));
+        let gb = |column: usize| median(rounds.iter().map(|round| round[column] / 1e9).collect());
+        let ratio =
+            |ours: usize, fio: usize| median(rounds.iter().map(|round| round[ours] / round[fio]).collect());
         println!(
             "{kib:>9} {:>9.3} {:>9.3} {:>6.2} {:>9.3} {:>9.3} {:>6.2}",
             gb(0),
@@ -226,10 +228,4 @@ fn key(number: u64) -> ChunkKey {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&number.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes());
     ChunkKey(key)
-}
-
-fn median(numbers: impl Iterator<Item = f64>) -> f64 {
-    let mut numbers: Vec<_> = numbers.collect();
-    numbers.sort_by(f64::total_cmp);
-    numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }

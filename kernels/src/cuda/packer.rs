@@ -85,8 +85,8 @@ const HOST_LAUNCHES: usize = 8;
 /// Before the engine's work that waits for multiprocessors: a prompt waits for what comes from the host. The driver takes
 /// the nearest priority that it has.
 const PRIORITY: i32 = -5;
-/// After the engine's work: nobody waits for what is kept, and what is handed over goes in gaps that the engine's
-/// kernels leave, where blocks of microseconds delay none of them.
+/// The engine's own, and the driver has no lower: nobody waits for what is kept, and what is handed over goes in gaps
+/// that the engine's kernels leave, where blocks of microseconds delay them little.
 const LOW_PRIORITY: i32 = 0;
 /// Small blocks on the whole GPU: they are soon over.
 const SHARE: Share = Share { checksum: true, multiprocessors: None };

@@ -7,11 +7,17 @@ mod s3fifo;
 
 use std::fmt;
 use std::str::FromStr;
+use tandem_proto::keys::ChunkKey;
 
 /// An entry of a tier: a slot, a place on a disk. Small numbers, used again when entries are gone: a policy keeps a
 /// table as long as the largest.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct EntryId(pub u32);
+
+/// What a policy knows a chunk by.
+pub(crate) fn name(key: &ChunkKey) -> u64 {
+    u64::from_le_bytes(*key.0.first_chunk().expect("a key has 32 bytes"))
+}
 
 /// An order in which entries go.
 pub trait Policy: fmt::Debug + Send {

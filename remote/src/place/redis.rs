@@ -103,17 +103,13 @@ impl Redis {
             let mut before = Vec::with_capacity(header.len() + 256);
             resp::begin(&mut before, 3 + self.terms.len());
             for word in ["SET", &name] {
-                resp::length(&mut before, word.len());
-                before.extend(word.as_bytes());
-                before.extend(b"\r\n");
+                resp::word(&mut before, word);
             }
             resp::length(&mut before, header.len() + body.bytes().len());
             before.extend(header);
             let mut after = b"\r\n".to_vec();
             for word in &self.terms {
-                resp::length(&mut after, word.len());
-                after.extend(word.as_bytes());
-                after.extend(b"\r\n");
+                resp::word(&mut after, word);
             }
             connection.send(&[&before, body.bytes(), &after]).await?;
             match connection.reply().await? {

@@ -43,10 +43,15 @@ pub(super) fn reply(bytes: &[u8]) -> Result<Option<(Reply, usize)>, String> {
 pub(super) fn command(out: &mut Vec<u8>, words: &[&str]) {
     begin(out, words.len());
     for word in words {
-        length(out, word.len());
-        out.extend(word.as_bytes());
-        out.extend(b"\r\n");
+        self::word(out, word);
     }
+}
+
+/// Appends a word of a command.
+pub(super) fn word(out: &mut Vec<u8>, word: &str) {
+    length(out, word.len());
+    out.extend(word.as_bytes());
+    out.extend(b"\r\n");
 }
 
 /// Appends the beginning of a command of so many words.

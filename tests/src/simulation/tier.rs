@@ -32,12 +32,12 @@ impl Due {
 
 /// One node's way to the shelf.
 pub(super) struct SimTier {
-    pub(super) clock: Clock,
-    pub(super) shelf: Shelf,
-    pub(super) rng: Rng,
+    clock: Clock,
+    shelf: Shelf,
+    rng: Rng,
     /// Whether it does what it should.
-    pub(super) honest: bool,
-    pub(super) broken: Option<Break>,
+    honest: bool,
+    broken: Option<Break>,
     pending: Vec<Pending>,
     due: Due,
 }

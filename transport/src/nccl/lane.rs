@@ -1,4 +1,5 @@
-//! The lane at work, on a thread of its own that never waits for NCCL.
+//! The lane at work, on a thread of its own. It waits for NCCL to begin a parcel, until its deadline, and never for it to
+//! carry one.
 
 use super::Error;
 use super::library::Comm;
@@ -420,8 +421,8 @@ impl NcclLane {
             let answer = Message::Answer { fates: std::mem::take(fates) };
             work.landing.pop_front();
             work.unpacking.answer();
-            work.channel.say(&answer.encode())?;
             node.wake();
+            work.channel.say(&answer.encode())?;
             any = true;
         }
         Ok(any)
@@ -496,7 +497,10 @@ impl Lane for NcclLane {
         let Some(mut work) = lock(&self.work).take() else { return };
         let (lane, own, life_of_thread) = (Arc::clone(&self), Arc::clone(node), Arc::clone(life));
         let spawned = node.spawn(format!("nccl-{}", life.peer), move || {
-            if let Err(error) = lane.serve(&own, &life_of_thread, &mut work)
+            let outcome = lane.serve(&own, &life_of_thread, &mut work);
+            // It may have ended between a landing and telling of it.
+            own.wake();
+            if let Err(error) = outcome
                 && !lane.is_closed()
             {
                 own.lane_failed(&life_of_thread, &*lane, &error.to_string());

@@ -5,7 +5,7 @@ use super::buffers::{self, Copies, Scratch};
 use super::io::{Done, Io, Token, Transfer};
 use super::lock::LOCK_BYTES;
 use super::segment::{Class, Files, Place, Record, Stamp, encode_record, places, record_at};
-use crate::policy::{EntryId, Policy, PolicyKind};
+use crate::policy::{EntryId, Policy, PolicyKind, name};
 use crate::tier::{Outcome, Ticket, TierError, Usage};
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -18,7 +18,7 @@ use tandem_proto::keys::ChunkKey;
 use tandem_proto::stored::ChunkHeader;
 
 /// The tier's name.
-pub(super) const NAME: &str = "disk";
+pub const NAME: &str = "disk";
 /// The token of the making or deleting of a segment; at most one is under way.
 const SEGMENT: Token = Token::MAX - 1;
 /// A segment has this part of the budget, so that little goes at once when another shape of chunks needs room.
@@ -1098,11 +1098,6 @@ impl Core {
             self.let_go(id);
         }
     }
-}
-
-/// What a policy knows a chunk by.
-fn name(key: &ChunkKey) -> u64 {
-    u64::from_le_bytes(*key.0.first_chunk().expect("a key has 32 bytes"))
 }
 
 fn wrong_length(key: &ChunkKey, has: usize, given: usize) -> String {

@@ -40,14 +40,15 @@ mod segment;
 #[cfg(test)]
 mod tests;
 
-use self::core::{Answer, Call, Core, NAME, Now, Settings};
+pub use self::core::NAME;
+use self::core::{Answer, Call, Core, Now, Settings};
 use super::{Outcome, Ticket, Tier, TierError, Usage, Wake};
 use crate::policy::PolicyKind;
 use lock::Lock;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -226,12 +227,6 @@ impl DiskTier {
         let thread =
             thread.spawn(move || work(core, &theirs, lock, alive)).map_err(refused("start its thread"))?;
         Ok(DiskTier { shared, settings, queue: config.queue, thread: Some(thread), over: Mutex::new(over) })
-    }
-
-    /// Where it is.
-    #[must_use]
-    pub fn dir(&self) -> &Path {
-        &self.settings.dir
     }
 
     fn call(&mut self, ticket: Ticket, call: Call) {

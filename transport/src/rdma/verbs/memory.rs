@@ -224,10 +224,12 @@ impl MemoryRegion {
 
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
-        // SAFETY: the registration was made once and is ended once. Work that still names it is refused by the
-        // device. That none of a peer's writes is under way is held by windows and queue pairs, which are ended
-        // before their region.
-        unsafe { ffi::ibv_dereg_mr(self.raw) };
+        // SAFETY: the registration was made once and is ended once. Work that still names it, a peer's too, is refused
+        // by the device.
+        let code = unsafe { ffi::ibv_dereg_mr(self.raw) };
+        if let Err(error) = check(self.device.name(), "end a registration", code) {
+            tracing::error!(%error, "memory stays open to a device");
+        }
     }
 }
 
